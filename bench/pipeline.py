@@ -1,0 +1,170 @@
+"""Step time of counterflow's pipelines over gloo against torch.distributed.pipelining's.
+
+    python -m bench.pipeline [--ranks 4] [--microbatches 16] [--repeats 9]
+
+Every contender trains the same blocks on the same micro-batches, in the same processes, in turns:
+each round runs every contender once, so that whatever else the machine does hits all alike. A rank's
+step time is the slowest rank's; a ratio is the median over rounds of ours / theirs in the same round.
+Two blocks a rank: schedules with two stages a rank (DualPipeV) hold one block in a stage, the others two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleDualPipeV
+
+from counterflow.parallel import Mesh, MeshShape, Pipeline
+from counterflow.parallel.schedule import build
+from tests.ranks import RankPool
+
+from .machine import write_result
+
+PAIRS = (
+    ("counterflow dualpipe", "torch Schedule1F1B"),
+    ("counterflow dualpipe", "torch ScheduleDualPipeV"),
+    ("counterflow dualpipev", "torch ScheduleDualPipeV"),
+    ("counterflow dualpipev", "torch Schedule1F1B"),
+    ("counterflow 1f1b", "torch Schedule1F1B"),
+)
+
+
+class Block(nn.Module):
+    """A residual feed-forward block, [rows, width] -> [rows, width]."""
+
+    def __init__(self, index: int, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(index)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+def contenders(
+    rank: int, world: int, microbatches: int, rows: int, width: int
+) -> dict[str, tuple[Callable[[], object], Callable[[], list[Tensor]]]]:
+    """Per contender: one training step, and this rank's parameters by block for the check."""
+    torch.manual_seed(7)
+    batch = torch.randn(microbatches * rows, width)
+    targets = torch.randn(microbatches * rows, width)
+    cpu = torch.device("cpu")
+    made: dict[str, tuple[Callable[[], object], Callable[[], list[Tensor]]]] = {}
+
+    def stage(index: int, num_stages: int) -> nn.Sequential:
+        per = 2 * world // num_stages
+        return nn.Sequential(*(Block(index * per + i, width) for i in range(per)))
+
+    for name in ("dualpipe", "dualpipev", "1f1b"):
+        plan = build(name, ranks=world, microbatches=microbatches)
+        held = plan.placement.stages(rank)
+        modules = [stage(s, plan.num_stages) for s in held]
+        mesh = Mesh.create(MeshShape(pp=world))
+        pipeline = Pipeline(modules, plan, mesh, F.mse_loss)
+
+        def ours(pipeline: Pipeline = pipeline, modules: list[nn.Sequential] = modules) -> object:
+            for module in modules:
+                module.zero_grad()
+            return pipeline.step(batch, targets)
+
+        made[f"counterflow {name}"] = (ours, lambda m=modules: grads(m))
+
+    v_modules = [stage(rank, 2 * world), stage(2 * world - 1 - rank, 2 * world)]
+    v_stages = [
+        PipelineStage(m, s, 2 * world, cpu)
+        for m, s in zip(v_modules, (rank, 2 * world - 1 - rank), strict=True)
+    ]
+    dualpipev = ScheduleDualPipeV(v_stages, microbatches, loss_fn=F.mse_loss)  # pyright: ignore[reportArgumentType]
+
+    def torch_v() -> object:
+        for module in v_modules:
+            module.zero_grad()
+        if rank == 0:
+            return dualpipev.step(batch, target=targets, losses=[])
+        return dualpipev.step()
+
+    made["torch ScheduleDualPipeV"] = (torch_v, lambda: grads(v_modules))
+
+    one = stage(rank, world)
+    single = Schedule1F1B(PipelineStage(one, rank, world, cpu), microbatches, loss_fn=F.mse_loss)
+
+    def torch_1f1b() -> object:
+        one.zero_grad()
+        if rank == 0:
+            return single.step(batch)
+        if rank == world - 1:
+            return single.step(target=targets, losses=[])
+        return single.step()
+
+    made["torch Schedule1F1B"] = (torch_1f1b, lambda: grads([one]))
+    return made
+
+
+def grads(modules: list[nn.Sequential]) -> list[Tensor]:
+    return [p.grad for m in modules for p in m.parameters() if p.grad is not None]
+
+
+def case(rank: int, world: int, **sizes: int) -> dict[str, Any]:
+    repeats = sizes.pop("repeats")
+    made = contenders(rank, world, **sizes)
+    squares: dict[str, float] = {}
+    for name, (step, gradients) in made.items():
+        step()  # warm-up: buffers, connections
+        # Replicated stages count twice in DualPipe, so only the other contenders are compared here.
+        total = torch.tensor(sum(float(g.double().square().sum()) for g in gradients()))
+        dist.all_reduce(total)
+        squares[name] = float(total) / (2 if name == "counterflow dualpipe" else 1)
+    times: dict[str, list[float]] = {name: [] for name in made}
+    for _ in range(repeats):
+        for name, (step, _) in made.items():
+            dist.barrier()
+            began = time.perf_counter()
+            step()
+            took = torch.tensor(time.perf_counter() - began)
+            dist.all_reduce(took, dist.ReduceOp.MAX)
+            times[name].append(float(took))
+    return {"times_s": times, "gradient_norm_squared": squares}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--microbatches", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=256, help="rows of a micro-batch")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args()
+    sizes = {k: v for k, v in vars(options).items() if k != "ranks"}
+    with RankPool() as pool:
+        result = pool.run(case, world=options.ranks, timeout_s=600, **sizes)[0]
+    times: dict[str, list[float]] = result["times_s"]
+    norms = list(result["gradient_norm_squared"].values())
+    assert max(norms) - min(norms) <= 1e-4 * max(norms), "the contenders computed different gradients"
+    print(f"{options.ranks} ranks, {options.microbatches} micro-batches, median of {options.repeats}")
+    for name, seconds in times.items():
+        print(f"  {name:26} {statistics.median(seconds) * 1e3:8.1f} ms")
+    ratios = {
+        f"{ours} / {theirs}": statistics.median(
+            a / b for a, b in zip(times[ours], times[theirs], strict=True)
+        )
+        for ours, theirs in PAIRS
+    }
+    for name, ratio in ratios.items():
+        print(f"  {name:52} {ratio:6.3f}")
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    path = write_result("pipeline", {**vars(options), "median_s": medians, "ratios": ratios})
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

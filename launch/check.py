@@ -1,0 +1,102 @@
+"""Checks of a whole configuration, made before any process starts."""
+
+from __future__ import annotations
+
+from ..model import partition
+from ..parallel.schedule import Schedule
+from .config import Config
+from .data import Corpus, open_corpus
+from .ramps import microbatches
+from .schedules import find_schedule
+from .settings import ConfigError
+
+
+def check(config: Config) -> None:
+    """Raise unless the sections of `config` fit each other and its data is there.
+
+    Raises:
+        ValueError: one line that says what does not fit, and what would.
+    """
+    check_sizes(config)
+    open_data(config)
+
+
+def check_sizes(config: Config) -> None:
+    """The part of `check` that reads no data.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    mesh, model = config.mesh, config.model
+    if config.run.nproc:
+        mesh.require_world_size(config.run.nproc)
+    mesh.require_experts(model.n_routed_experts)
+    schedules = step_schedules(config)
+    stages = schedules[config.schedule.microbatches].num_stages
+    try:
+        partition(model, stages)
+    except ValueError as error:
+        raise ConfigError(
+            f"schedule.name={config.schedule.name} on mesh.pp={mesh.pp} ranks: {error}"
+        ) from None
+    if config.data.sequence_length > model.max_position_embeddings:
+        raise ConfigError(
+            f"data.sequence_length={config.data.sequence_length} is more than "
+            f"model.max_position_embeddings={model.max_position_embeddings}; change one of them"
+        )
+    if config.data.sequence_length <= model.num_nextn_predict_layers:
+        raise ConfigError(
+            f"data.sequence_length={config.data.sequence_length} leaves nothing to predict at "
+            f"model.num_nextn_predict_layers={model.num_nextn_predict_layers}"
+        )
+
+
+def step_schedules(config: Config) -> dict[int, Schedule]:
+    """The schedule of every number of micro-batches that a step of this run has.
+
+    Raises:
+        ValueError: the schedule does not exist for one of them.
+    """
+    name, ranks = config.schedule.name, config.mesh.pp
+    full = config.schedule.microbatches
+    found = {full: find_schedule(name, ranks=ranks, microbatches=full)}
+    if config.train.ramp_start > full:
+        raise ConfigError(
+            f"train.ramp_start={config.train.ramp_start} is above schedule.microbatches={full}; "
+            "the batch-size ramp only rises"
+        )
+    multiple = len(found[full].placement.routes)
+    for step in range(min(config.train.ramp_steps, config.train.steps)):
+        count = microbatches(step, config.train, config.schedule, multiple)
+        if count not in found:
+            try:
+                found[count] = find_schedule(name, ranks=ranks, microbatches=count)
+            except ValueError as error:
+                raise ConfigError(
+                    f"train.ramp_start={config.train.ramp_start}: at step {step} the batch-size "
+                    f"ramp has {count} micro-batches: {error}"
+                ) from None
+    return found
+
+
+def open_data(config: Config) -> Corpus:
+    """The corpus of a run, which fits the model and has a sequence in each of its parts.
+
+    Raises:
+        ValueError: the data is missing, unusable, too little, or of a larger vocabulary.
+    """
+    data = config.data
+    corpus = open_corpus(data.kind, data.path, data.validation_fraction)
+    if corpus.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"{corpus.name} has token ids up to {corpus.vocab_size - 1}, model.vocab_size="
+            f"{config.model.vocab_size} is too small; set it to at least {corpus.vocab_size}"
+        )
+    for part, stream in (("train on", corpus.train), ("hold out", corpus.validation)):
+        if not stream.num_sequences(data.sequence_length):
+            raise ConfigError(
+                f"{corpus.name}: {len(stream)} tokens to {part} are too few for one sequence of "
+                f"data.sequence_length={data.sequence_length}; give more text or change "
+                "data.sequence_length or data.validation_fraction"
+            )
+    return corpus

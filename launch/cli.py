@@ -1,0 +1,270 @@
+"""The command line. Each command imports what it needs when it runs, so that help starts at once.
+
+A user's mistake is one line on stderr, `counterflow: error: ...`, and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from counterflow import __version__  # the root package is no room, so no relative import finds it
+
+if TYPE_CHECKING:
+    from ..parallel.schedule import Schedule
+    from ..parallel.simulate import Result
+    from .config import Config
+
+_TRAIN_USAGE = "counterflow train [CONFIG.toml] [--dotted.key VALUE ...]"
+
+
+class UsageError(ValueError):
+    """A command line that cannot be understood."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is returned."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == [
+            "train"
+        ]:  # its keys are the configuration's, which argparse cannot know
+            return _train(arguments[1:])
+        parsed = _parser().parse_args(arguments)
+        return parsed.run(parsed)
+    except ValueError as error:
+        return _fail(str(error))
+    except BrokenPipeError:
+        # Whoever read our output has gone; the interpreter must not try to flush it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}")
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="counterflow",
+        description="Train DeepSeek-V3-style mixture-of-experts models, computation and "
+        "communication flowing against each other.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"counterflow {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="train a model", usage=_TRAIN_USAGE)
+    train.set_defaults(run=None)  # for the list of commands; `main` parses its arguments
+
+    simulate = commands.add_parser(
+        "simulate", help="what a pipeline schedule costs, on any machine", allow_abbrev=False
+    )
+    simulate.add_argument("--schedule", default="dualpipe", help="a name or a file (%(default)s)")
+    simulate.add_argument("--ranks", type=int, help="pipeline ranks; of a file, its own")
+    simulate.add_argument("--microbatches", type=int, help="micro-batches; of a file, its own")
+    simulate.add_argument(
+        "--costs", help="such as F=1,I=1,W=1,pair=3,send=0; B is I+W and pair is F+B if left out"
+    )
+    simulate.add_argument("--json", action="store_true", help="print one JSON object")
+    simulate.add_argument("--csv", metavar="FILE", help="write the schedule as CSV, a row a rank")
+    simulate.set_defaults(run=_simulate)
+
+    report = commands.add_parser("report", help="write the report of a run again")
+    report.add_argument("folder", metavar="runs/NAME")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _train(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print(_train_help())
+        return 0
+    path, overrides = split_arguments(arguments)
+    from .config import load
+
+    if "RANK" not in os.environ:
+        return _launch(load(path, overrides))
+    from ..comm.errors import CommError
+
+    try:
+        return _rank(load(path, overrides))
+    except ValueError as error:
+        return _fail(f"rank {os.environ['RANK']}: {error}")
+    except CommError as error:  # names the rank itself
+        _fail(str(error))
+        return 1
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[str, str]]]:
+    """The configuration file, if any, and the (key, text) pairs of `train`'s arguments.
+
+    Raises:
+        UsageError: a flag without a value, or a second file.
+    """
+    path: str | None = None
+    pairs: list[tuple[str, str]] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument.startswith("--") and len(argument) > 2:
+            key, equals, text = argument[2:].partition("=")
+            if not equals:
+                value = next(rest, None)
+                if value is None or value.startswith("--"):
+                    raise UsageError(f"--{key} needs a value: --{key} VALUE")
+                text = value
+            pairs.append((key, text))
+        elif argument.startswith("-"):
+            raise UsageError(f"unknown argument {argument}; usage: {_TRAIN_USAGE}")
+        elif path is not None:
+            raise UsageError(f"one configuration file at most, got {path} and {argument}")
+        else:
+            path = argument
+    return path, pairs
+
+
+def _launch(config: Config) -> int:
+    """Check everything, then start the ranks with torchrun."""
+    from .check import check
+    from .torchrun import choose_device, free_port, set_threads, start
+
+    check(config)
+    nproc = config.run.nproc or config.mesh.world_size
+    port = free_port(config.run.port)
+    set_threads(choose_device(config.run.device, nproc), nproc)
+    return start(["train", str(_write_config(config))], nproc=nproc, port=port)
+
+
+def _rank(config: Config) -> int:
+    """One rank of a run, started by torchrun: by `_launch` or by a person."""
+    from .check import check_sizes
+    from .torchrun import die_with_launcher
+
+    die_with_launcher()
+    config.mesh.require_world_size(int(os.environ["WORLD_SIZE"]))
+    check_sizes(config)
+    if os.environ["RANK"] == "0":
+        _write_config(config)
+    from .trainer import train
+
+    train(config, config.run.path)
+    return 0
+
+
+def _write_config(config: Config) -> Path:
+    """Write the whole configuration into the run's folder, unless it is there already."""
+    from .settings import to_toml
+
+    path = config.run.path / "config.toml"
+    text = to_toml(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        part = path.with_name("config.toml.part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)  # at once: another rank may be reading it
+    return path
+
+
+def _train_help() -> str:
+    from .config import rows
+
+    lines = [
+        f"usage: {_TRAIN_USAGE}",
+        "",
+        "Trains a model; results lie in runs/NAME. Without torchrun's environment it starts",
+        "torchrun itself. Keys of the file and of the command line, with their defaults:",
+    ]
+    section = ""
+    for row in rows():
+        if row.key.partition(".")[0] != section:
+            section = row.key.partition(".")[0]
+            lines += ["", f"[{section}]"]
+        lines.append(f"  --{row.key} = {row.default}" if row.default else f"  --{row.key}")
+        lines.append(f"      {row.type}: {row.doc}")
+    return "\n".join(lines)
+
+
+def _simulate(parsed: argparse.Namespace) -> int:
+    from ..parallel.simulate import Costs, simulate
+    from .schedules import find_schedule
+
+    schedule = find_schedule(parsed.schedule, ranks=parsed.ranks, microbatches=parsed.microbatches)
+    result = simulate(schedule, Costs.parse(parsed.costs) if parsed.costs is not None else Costs())
+    if parsed.csv is not None:
+        from ..parallel.schedule.csv_form import to_csv
+
+        Path(parsed.csv).write_text(to_csv(schedule), encoding="utf-8", newline="\n")
+    if parsed.json:
+        print(json.dumps(result.to_json()))
+    else:
+        _print_simulation(schedule, result)
+    return 0
+
+
+def _print_simulation(schedule: Schedule, result: Result) -> None:
+    from ..parallel.schedule import grid
+
+    drawn = grid(schedule)
+    columns = shutil.get_terminal_size().columns
+    if all(len(line) <= columns for line in drawn.splitlines()):
+        print(f"{drawn}\n")
+    kinds = [kind for kind in result.op_counts[0] if any(c[kind] for c in result.op_counts)]
+    head = ["rank", "busy", "idle", "peak activations", *kinds]
+    body = [
+        [
+            str(rank),
+            f"{result.busy[rank]:g}",
+            f"{result.idle[rank]:g}",
+            str(result.peak_activations[rank]),
+            *(str(result.op_counts[rank][kind]) for kind in kinds),
+        ]
+        for rank in range(result.ranks)
+    ]
+    title = f"{result.schedule}: {result.ranks} ranks, {result.microbatches} micro-batches"
+    print_table(title, head, body)
+    print(
+        f"makespan {result.makespan:g}   bubble rate {result.bubble_rate:.4f}   stages "
+        f"{result.stages}   copies of a stage's parameters {result.parameter_copies}"
+    )
+
+
+def print_table(title: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> None:
+    """Print a table of texts, numbers to the right: by rich, or plainly where it is missing."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
+        print(title)
+        for row in [head, *body]:
+            print("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)))
+        return
+    table = Table(title=title)
+    for name in head:
+        table.add_column(name, justify="right")
+    for row in body:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    from .report import write_report
+
+    print(write_report(parsed.folder))
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"counterflow: error: {message}", file=sys.stderr)
+    return 2

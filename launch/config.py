@@ -1,0 +1,276 @@
+"""The configuration of a training run: one frozen dataclass a section, each guarding itself.
+
+The defaults are the run that `make train` makes, so there is no configuration file to keep in step
+with them: `counterflow train` without a file is that run, and a file or a `--dotted.key VALUE` says
+only what differs. What one section alone cannot know (does the schedule exist for so many ranks, do
+the experts divide over the mesh) is checked by `check.check` before any process starts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from ..model import ModelConfig
+from ..parallel.mesh import MeshShape
+from .settings import (
+    ConfigError,
+    Given,
+    Row,
+    apply,
+    describe,
+    merge,
+    option,
+    read_overrides,
+    read_toml,
+)
+
+Device = Literal["auto", "cpu", "cuda"]
+DataKind = Literal["stdlib", "text", "tokens"]
+DType = Literal["float32", "float64", "bfloat16"]
+
+_HF = "model.hf"  # not a field of ModelConfig: where its fields are read from
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How a run is started and where it leaves its results."""
+
+    name: str = option("small", "name of the run; its results lie in FOLDER/NAME")
+    folder: str = option("runs", "folder that holds the runs")
+    seed: int = option(0, "seed of the order of the data (of the weights: model.init_seed)")
+    nproc: int = option(0, "processes to start on this machine, 0 for as many as the mesh has")
+    port: int = option(0, "port at which the processes meet, 0 for any free one")
+    device: Device = option(  # noqa: RUF009  a Literal is immutable
+        "auto", "where to compute; auto is cuda if every process on this machine can have a GPU"
+    )
+    timeout_s: float = option(300.0, "limit of every wait for another rank, seconds")
+
+    def __post_init__(self) -> None:
+        if not self.name or self.name in (".", "..") or "/" in self.name or "\0" in self.name:
+            raise ValueError(f"run.name must be a plain folder name, got {self.name!r}")
+        if not self.folder:
+            raise ValueError("run.folder must not be empty; '.' is the current folder")
+        _require("run.seed", self.seed, self.seed >= 0, "0 or more")
+        _require("run.nproc", self.nproc, self.nproc >= 0, "0 (as the mesh has) or more")
+        _require("run.port", self.port, 0 <= self.port < 65536, "0 (any) to 65535")
+        _choice("run.device", self.device, Device)
+        _require("run.timeout_s", self.timeout_s, 0 < self.timeout_s < math.inf, "above 0")
+
+    @property
+    def path(self) -> Path:
+        """The folder of this run's results."""
+        return Path(self.folder) / self.name
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The pipeline schedule of a step."""
+
+    name: str = option("dualpipe", "name of a schedule, or the path of a schedule file")
+    microbatches: int = option(4, "micro-batches a step and data-parallel rank")
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("schedule.name must not be empty")
+        _require("schedule.microbatches", self.microbatches, self.microbatches >= 1, "1 or more")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on."""
+
+    kind: DataKind = option(  # noqa: RUF009
+        "stdlib",
+        "stdlib: the source text of Python's standard library; text: a text file or a folder of "
+        "them; tokens: a token file with its .idx",
+    )
+    path: str = option("", "the file or folder, for kinds text and tokens")
+    sequence_length: int = option(128, "tokens of a training sequence")
+    validation_fraction: float = option(0.1, "share of the corpus held out, by whole documents")
+
+    def __post_init__(self) -> None:
+        _choice("data.kind", self.kind, DataKind)
+        if self.kind == "stdlib" and self.path:
+            raise ValueError(
+                f'data.path is {self.path!r}, but data.kind "stdlib" reads no path; '
+                'set data.kind to "text" or "tokens"'
+            )
+        if self.kind != "stdlib" and not self.path:
+            raise ValueError(f'data.kind "{self.kind}" needs data.path')
+        _require(
+            "data.sequence_length", self.sequence_length, self.sequence_length >= 1, "1 or more"
+        )
+        _require(
+            "data.validation_fraction",
+            self.validation_fraction,
+            0 < self.validation_fraction < 1,
+            "between 0 and 1",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimisation. Steps count from 0; shapes of the ramps are in `ramps`."""
+
+    steps: int = option(300, "optimizer steps")
+    sequences: int = option(2, "sequences of a micro-batch")
+    lr: float = option(3e-3, "peak learning rate")
+    lr_min: float = option(3e-4, "learning rate at the end of the cosine and after it")
+    lr_final: float = option(1e-4, "learning rate of the last final_steps steps")
+    warmup_steps: int = option(20, "steps of linear warm-up from 0 to lr")
+    constant_steps: int = option(120, "steps at lr after the warm-up")
+    cosine_steps: int | None = option(
+        None, "steps of cosine decay from lr to lr_min; none: all steps up to the final ones"
+    )
+    final_steps: int = option(0, "steps at lr_final at the end of the run")
+    betas: tuple[float, float] = option((0.9, 0.95), "AdamW's decay of its two moments")
+    eps: float = option(1e-8, "AdamW's epsilon")
+    weight_decay: float = option(0.1, "AdamW's weight decay, of matrices only")
+    grad_clip: float = option(1.0, "limit of the global gradient norm, 0 for none")
+    dtype: DType = option(  # noqa: RUF009
+        "float32", "of parameters and activations; bfloat16 keeps float32 master weights"
+    )
+    ramp_start: int = option(0, "micro-batches of the first step, 0 for no batch-size ramp")
+    ramp_steps: int = option(0, "steps until the batch has its full size")
+    mtp_weight: float = option(0.3, "weight of the multi-token-prediction loss at first")
+    mtp_weight_later: float = option(0.1, "its weight from mtp_switch_step on")
+    mtp_switch_step: int | None = option(
+        None, "step of the switch; none: after 10/14.8 of the steps, as DeepSeek-V3"
+    )
+    bias_update_speed: float = option(1e-3, "change of a router bias a step")
+    bias_stop_step: int | None = option(
+        None, "step from which biases stay; none: after 14.3/14.8 of the steps, as DeepSeek-V3"
+    )
+    eval_every: int = option(100, "steps between evaluations, 0 for only one at the end")
+    eval_batches: int = option(8, "batches of an evaluation, each of a full step's size")
+    log_every: int = option(10, "steps between lines of progress where there is no terminal")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "sequences", "eval_batches", "log_every"):
+            value = getattr(self, name)
+            _require(f"train.{name}", value, value >= 1, "1 or more")
+        for name in (
+            *("warmup_steps", "constant_steps", "cosine_steps", "final_steps"),
+            *("ramp_start", "ramp_steps", "mtp_switch_step", "bias_stop_step", "eval_every"),
+        ):
+            value = getattr(self, name)
+            _require(f"train.{name}", value, value is None or value >= 0, "0 or more")
+        for name in (
+            *("lr", "lr_min", "lr_final", "weight_decay", "grad_clip", "eps"),
+            *("mtp_weight", "mtp_weight_later", "bias_update_speed"),
+        ):
+            value = getattr(self, name)
+            _require(f"train.{name}", value, 0 <= value < math.inf, "0 or more and finite")
+        for beta in self.betas:
+            _require("train.betas", self.betas, 0 <= beta < 1, "from 0 to below 1, both")
+        _choice("train.dtype", self.dtype, DType)
+        if self.lr_min > self.lr:
+            raise ValueError(f"train.lr_min={self.lr_min} must not be above train.lr={self.lr}")
+        phases = self.warmup_steps + self.final_steps
+        if phases > self.steps:
+            raise ValueError(
+                f"train.warmup_steps={self.warmup_steps} and train.final_steps={self.final_steps} "
+                f"do not fit in train.steps={self.steps}"
+            )
+        if bool(self.ramp_start) != bool(self.ramp_steps):
+            raise ValueError(
+                f"train.ramp_start={self.ramp_start} and train.ramp_steps={self.ramp_steps}: a "
+                "batch-size ramp needs both, a constant batch size neither"
+            )
+
+
+def small_model() -> ModelConfig:
+    """The model of the default run: every part of DeepSeek-V3, small; bytes as tokens."""
+    return ModelConfig(
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=352,
+        moe_intermediate_size=96,
+        num_hidden_layers=4,
+        first_k_dense_replace=1,
+        num_attention_heads=4,
+        q_lora_rank=64,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=1.0,
+        max_position_embeddings=128,
+        initializer_range=0.02,
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole training run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    mesh: MeshShape = field(default_factory=lambda: MeshShape(pp=2, dp=2, ep=2))
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    model: ModelConfig = field(default_factory=small_model)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences of a full step over all ranks."""
+        return self.train.sequences * self.schedule.microbatches * self.mesh.dp
+
+
+def load(path: str | Path | None = None, overrides: Iterable[tuple[str, str]] = ()) -> Config:
+    """The configuration that a file and overrides make out of the defaults.
+
+    Args:
+        path: a TOML file; None for the defaults alone.
+        overrides: (dotted key, text) pairs, laid over the file.
+
+    `model.hf` names a Hugging Face config.json (relative to the working directory) whose model
+    takes the place of the default one; other keys of [model] change it further.
+
+    Raises:
+        ConfigError: one line that names the file or flag, the key, and what to do.
+    """
+    given = merge(read_toml(path) if path is not None else {}, read_overrides(overrides))
+    default = Config()
+    hf = given.pop(_HF, None)
+    if hf is not None:
+        default = replace(default, model=_hugging_face(hf))
+    return apply(default, given)
+
+
+def rows() -> list[Row]:
+    """Every key with its type, default and meaning."""
+    found = describe(Config())
+    first = next(i for i, row in enumerate(found) if row.key.startswith("model."))
+    row = Row(_HF, "a text", '""', "a Hugging Face config.json to take the model from")
+    return [*found[:first], row, *found[first:]]
+
+
+def _hugging_face(given: Given) -> ModelConfig:
+    if not isinstance(given.value, str):
+        raise ConfigError(f"{given.source}: {_HF} must be the path of a config.json")
+    try:
+        return ModelConfig.from_hf(given.value)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigError(f"{given.source}: {_HF} {given.value!r}: {reason}") from None
+
+
+def _require(key: str, value: object, fine: bool, wanted: str) -> None:
+    if not fine:
+        raise ValueError(f"{key} must be {wanted}, got {value}")
+
+
+def _choice(key: str, value: str, kind: object) -> None:
+    """Guards a field of the Literal type `kind` where Python code, not the loader, gives it."""
+    choices = get_args(kind)
+    if value not in choices:
+        raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,236 @@
+"""Checkpoints in Hugging Face's layout: safetensors files, their index, and config.json.
+
+A folder has either `model.safetensors`, or several files and `model.safetensors.index.json`, which
+says which file has which tensor. One process saves a whole model with `save_hf`; of a distributed
+one each rank writes what it has with `write_shard`, and one of them `write_index` when all have.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import ModelConfig
+from .deepseek import DeepSeekV3
+from .names import hf_copies, hf_shapes, hf_tensors
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_NAMED = 8  # how many names of each kind an error lists
+# Rotary frequencies, which old checkpoints hold though they follow from the configuration.
+_DERIVED = "rotary_emb.inv_freq"
+_FP8_SCALES = "weight_scale_inv"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint does not fit the model; the message names the tensors."""
+
+
+def load_hf(part: DeepSeekV3, folder: str | PathLike[str]) -> None:
+    """Fill a part with the weights of a checkpoint, its own experts only.
+
+    The checkpoint must be of exactly the model that `part.config` describes: a tensor that is
+    missing, unexpected or of another shape is an error, and then nothing has been written. Copies
+    of embedding and head in the layers of multi-token prediction may be there and are not read.
+    Values are converted to the part's dtypes.
+
+    Raises:
+        CheckpointError: the files do not fit or cannot be read.
+    """
+    folder = Path(folder)
+    files = _read_index(folder)
+    wanted = dict(hf_tensors(part))
+    problems = _mismatches(files, part.config, wanted)
+    by_file: dict[str, list[str]] = {}
+    for name in wanted:
+        if name in files:
+            by_file.setdefault(files[name], []).append(name)
+    for file, names in by_file.items():
+        with _opened(folder / file) as stored:
+            held = set(stored.keys())
+            for name in names:
+                if name not in held:
+                    problems.append(f"{name}: the index says {file}, which has no such tensor")
+                    continue
+                shape = stored.get_slice(name).get_shape()
+                if list(shape) != list(wanted[name].shape):
+                    problems.append(f"{name}: shape {shape}, not {list(wanted[name].shape)}")
+    if problems:
+        raise CheckpointError(_report(folder, problems))
+    with torch.no_grad():
+        for file, names in by_file.items():
+            with _opened(folder / file) as stored:
+                for name in names:
+                    wanted[name].copy_(stored.get_tensor(name))
+
+
+def save_hf(
+    parts: Sequence[DeepSeekV3], folder: str | PathLike[str], *, max_file_bytes: int = 5 * 10**9
+) -> None:
+    """Write a whole model, given as parts in this process, with config.json, into a folder.
+
+    Raises:
+        CheckpointError: the parts do not make up the whole model.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = _all_tensors(parts)
+    config = parts[0].config
+    missing = sorted(set(hf_shapes(config)) - set(tensors))
+    if missing:
+        raise CheckpointError(
+            f"these parts are not the whole model: {_listed(missing)} missing; where other ranks "
+            "have the rest, use write_shard on each and then write_index"
+        )
+    groups = _split(tensors, max_file_bytes)
+    for number, names in enumerate(groups, start=1):
+        file = SINGLE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
+        _write({name: tensors[name] for name in names}, folder / file)
+    if len(groups) == 1:
+        _write_config(config, folder)
+    else:
+        write_index(folder, config)
+
+
+def write_shard(parts: Sequence[DeepSeekV3], folder: str | PathLike[str], label: str) -> None:
+    """Write one rank's share of a model into `model-{label}.safetensors`.
+
+    Ranks that hold the same tensors need not all write; `label` is theirs alone.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(_all_tensors(parts), folder / f"model-{label}.safetensors")
+
+
+def write_index(folder: str | PathLike[str], config: ModelConfig) -> None:
+    """Write the index over all safetensors files of a folder, and config.json.
+
+    Raises:
+        CheckpointError: together the files do not make up the whole model.
+    """
+    folder = Path(folder)
+    vocabulary = (config.vocab_size, config.hidden_size)
+    shapes = hf_shapes(config) | dict.fromkeys(hf_copies(config), vocabulary)
+    weight_map: dict[str, str] = {}
+    total = 0
+    problems: list[str] = []
+    for file in _weight_files(folder):
+        with _opened(folder / file) as stored:
+            for name in stored.keys():  # noqa: SIM118  not a dict
+                piece = stored.get_slice(name)
+                if name not in shapes:
+                    problems.append(f"{name} in {file}: unexpected")
+                elif tuple(piece.get_shape()) != shapes[name]:
+                    problems.append(f"{name} in {file}: shape {piece.get_shape()}")
+                elif name not in weight_map:  # replicas of a tensor may be in several files
+                    weight_map[name] = file
+                    total += stored.get_tensor(name).nbytes
+    problems += [f"{name}: missing" for name in shapes if name not in weight_map]
+    if problems:
+        raise CheckpointError(_report(folder, problems))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _write_config(config, folder)
+
+
+def _write_config(config: ModelConfig, folder: Path) -> None:
+    text = json.dumps(config.to_hf(), indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
+    # Copies: views of one stacked tensor, or one tensor under two names, cannot be written as such.
+    separate = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    save_file(separate, path, metadata={"format": "pt"})
+
+
+def _all_tensors(parts: Sequence[DeepSeekV3]) -> dict[str, Tensor]:
+    """All the tensors of some parts, with the copies that those imply."""
+    if not parts:
+        raise ValueError("no parts were given")
+    tensors: dict[str, Tensor] = {}
+    for part in parts:
+        tensors.update(hf_tensors(part))
+    if any(part.part.head for part in parts):
+        tensors |= {copy: tensors[name] for copy, name in hf_copies(parts[0].config).items()}
+    return tensors
+
+
+def _split(tensors: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
+    """Names in groups of at most `max_bytes`, or of one larger tensor."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and size + tensor.nbytes > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += tensor.nbytes
+    return groups
+
+
+def _weight_files(folder: Path) -> list[str]:
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: no safetensors files there")
+    return files
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Which file has which tensor."""
+    index = folder / INDEX
+    if not index.exists():
+        if not (folder / SINGLE).exists():
+            raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX} is there")
+        with _opened(folder / SINGLE) as stored:
+            return dict.fromkeys(stored.keys(), SINGLE)
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not an index of safetensors files: {error!r}") from error
+
+
+def _mismatches(
+    files: Mapping[str, str], config: ModelConfig, wanted: Mapping[str, Tensor]
+) -> list[str]:
+    """Names in a checkpoint that the model does not have, and of this part's that it lacks."""
+    if any(name.endswith(_FP8_SCALES) for name in files):
+        raise CheckpointError(
+            "this checkpoint has FP8 weights with scales (weight_scale_inv); convert it to "
+            "bfloat16 first, with fp8_cast_bf16.py of the DeepSeek-V3 repository"
+        )
+    known = {*hf_shapes(config), *hf_copies(config)}
+    if config.tie_word_embeddings:
+        known.add("lm_head.weight")  # some writers store it though it is the embedding
+    return [
+        *(f"{name}: missing" for name in wanted if name not in files),
+        *(f"{n}: unexpected" for n in files if n not in known and not n.endswith(_DERIVED)),
+    ]
+
+
+def _opened(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def _report(folder: Path, problems: Sequence[str]) -> str:
+    return (
+        f"{folder} does not fit the model in {len(problems)} tensors: {_listed(problems)}. Take "
+        "the configuration from its config.json; a checkpoint without the layers of multi-token "
+        "prediction needs num_nextn_predict_layers=0"
+    )
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = len(items) - _NAMED
+    return ", ".join(items[:_NAMED]) + (f" and {more} more" if more > 0 else "")

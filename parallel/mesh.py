@@ -1,0 +1,248 @@
+"""How ranks are laid out: world = pp x dp, with experts sharded over ep ranks inside dp.
+
+Global rank = pp_rank * dp + dp_rank, and dp_rank = replica * ep + ep_rank: the ranks of one expert
+group are contiguous, so that they share nodes as far as possible, and experts are replicated over
+dp / ep groups, as DeepSeek-V3 does (PP16, EP64, DP128; arXiv 2412.19437, section 3.2).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, cast
+
+from ..comm.waiting import WaitBoard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """Sizes of the mesh, checked: an impossible one raises ValueError with the reason.
+
+    Attributes:
+        pp: pipeline ranks.
+        dp: data-parallel ranks of each pipeline rank.
+        ep: expert-parallel ranks; divides dp.
+    """
+
+    pp: int = 1
+    dp: int = 1
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("pp", "dp", "ep"):
+            _require_size(f"mesh.{name}", getattr(self, name))
+        if self.dp % self.ep:
+            raise ValueError(
+                f"mesh.ep={self.ep} must divide mesh.dp={self.dp}: experts are sharded over ep of "
+                f"the dp ranks; choose ep from {_divisors(self.dp)} or another dp"
+            )
+
+    @classmethod
+    def fit(cls, world_size: int, *, pp: int = 1, ep: int = 1) -> MeshShape:
+        """The shape with dp = world_size / pp."""
+        _require_size("the number of processes", world_size)
+        _require_size("mesh.pp", pp)
+        if world_size % pp:
+            raise ValueError(
+                f"mesh.pp={pp} does not divide the {world_size} processes that were started; "
+                f"choose pp from {_divisors(world_size)} or start a multiple of {pp}"
+            )
+        return cls(pp, world_size // pp, ep)
+
+    @property
+    def world_size(self) -> int:
+        return self.pp * self.dp
+
+    def require_world_size(self, world_size: int) -> None:
+        """Raise ValueError unless exactly `world_size` processes make up this mesh."""
+        if world_size != self.world_size:
+            raise ValueError(
+                f"mesh pp={self.pp} x dp={self.dp} needs {self.world_size} processes, but "
+                f"{world_size} were started; start {self.world_size} or change mesh.pp or mesh.dp"
+            )
+
+    def require_experts(self, num_experts: int) -> None:
+        """Raise ValueError unless `num_experts` spread evenly over the ep ranks."""
+        _require_size("the number of routed experts", num_experts)
+        if num_experts % self.ep:
+            raise ValueError(
+                f"mesh.ep={self.ep} does not divide the model's {num_experts} routed experts; "
+                f"choose ep from {_divisors(num_experts)}"
+            )
+
+    def rank(self, pp_rank: int, dp_rank: int) -> int:
+        """Global rank at these coordinates."""
+        if not (0 <= pp_rank < self.pp and 0 <= dp_rank < self.dp):
+            raise ValueError(
+                f"there is no rank at pp {pp_rank}, dp {dp_rank}: the mesh is pp={self.pp} x "
+                f"dp={self.dp}"
+            )
+        return pp_rank * self.dp + dp_rank
+
+    def pp_rank(self, rank: int) -> int:
+        return rank // self.dp
+
+    def dp_rank(self, rank: int) -> int:
+        return rank % self.dp
+
+    def ep_rank(self, rank: int) -> int:
+        return self.dp_rank(rank) % self.ep
+
+    def pp_peers(self, rank: int) -> tuple[int, ...]:
+        """Global ranks of the pipeline that `rank` belongs to, in pipeline order."""
+        return tuple(self.rank(p, self.dp_rank(rank)) for p in range(self.pp))
+
+    def dp_peers(self, rank: int) -> tuple[int, ...]:
+        """Global ranks that hold the same stages, in dp order."""
+        return tuple(self.rank(self.pp_rank(rank), d) for d in range(self.dp))
+
+    def ep_peers(self, rank: int) -> tuple[int, ...]:
+        """Global ranks that share one set of experts, in ep order."""
+        first = self.dp_rank(rank) - self.ep_rank(rank)
+        return tuple(self.rank(self.pp_rank(rank), first + e) for e in range(self.ep))
+
+    def edp_peers(self, rank: int) -> tuple[int, ...]:
+        """Global ranks that hold the same experts (the expert-data-parallel group)."""
+        return tuple(
+            self.rank(self.pp_rank(rank), d) for d in range(self.ep_rank(rank), self.dp, self.ep)
+        )
+
+
+class Mesh:
+    """One rank's place in the mesh, where every rank's node is, and its process groups.
+
+    `Mesh.create` makes the groups; `Mesh(shape, rank, nodes)` alone makes none and needs no torch.
+    Groups of one rank are None: collectives over them are no-ops.
+
+    Attributes:
+        shape: the sizes.
+        rank, pp_rank, dp_rank, ep_rank: this process's coordinates.
+        nodes: the node index of every global rank.
+        pp_group, dp_group, ep_group, edp_group: process groups, ordered as in shape's `*_peers`.
+        waits: what this rank is waiting for at the moment.
+    """
+
+    def __init__(self, shape: MeshShape, rank: int = 0, nodes: Sequence[int] | None = None) -> None:
+        if not 0 <= rank < shape.world_size:
+            raise ValueError(f"rank {rank} is outside the mesh of {shape.world_size} processes")
+        self.shape = shape
+        self.rank = rank
+        self.nodes = tuple(nodes) if nodes is not None else (0,) * shape.world_size
+        if len(self.nodes) != shape.world_size:
+            raise ValueError(
+                f"nodes names the node of {len(self.nodes)} ranks, the mesh has {shape.world_size}"
+            )
+        self.pp_rank = shape.pp_rank(rank)
+        self.dp_rank = shape.dp_rank(rank)
+        self.ep_rank = shape.ep_rank(rank)
+        self.pp_group: ProcessGroup | None = None
+        self.dp_group: ProcessGroup | None = None
+        self.ep_group: ProcessGroup | None = None
+        self.edp_group: ProcessGroup | None = None
+        self.waits = WaitBoard()
+
+    @property
+    def node(self) -> int:
+        """The node that this rank is on."""
+        return self.nodes[self.rank]
+
+    @property
+    def num_nodes(self) -> int:
+        return len(set(self.nodes))
+
+    @classmethod
+    def create(
+        cls,
+        shape: MeshShape,
+        *,
+        nodes: Sequence[int] | None = None,
+        timeout_s: float = 300.0,
+    ) -> Mesh:
+        """The mesh of this process, with its process groups.
+
+        Args:
+            shape: sizes; must fit the initialised world, or be 1 x 1 where torch.distributed is not
+                initialised.
+            nodes: node index of every rank; by default from torchrun's environment.
+            timeout_s: limit of every collective in the groups, seconds.
+
+        Raises:
+            ValueError: the world does not fit; no group has been made then.
+        """
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            shape.require_world_size(1)
+            return cls(shape, 0, nodes)
+        shape.require_world_size(dist.get_world_size())
+        rank = dist.get_rank()
+        mesh = cls(shape, rank, nodes if nodes is not None else _nodes_of_world())
+        limit = timedelta(seconds=timeout_s)
+
+        def group(peers_of: str) -> ProcessGroup | None:
+            # Every rank makes every group, in one order: new_group is a collective of the world.
+            mine = None
+            for peers in sorted({getattr(shape, peers_of)(r) for r in range(shape.world_size)}):
+                if len(peers) > 1:
+                    made = dist.new_group(list(peers), timeout=limit)
+                    if rank in peers:  # elsewhere `made` is a mark, not a group
+                        mine = cast("ProcessGroup", made)
+            return mine
+
+        mesh.pp_group = group("pp_peers")
+        mesh.dp_group = group("dp_peers")
+        # Its own even where ep = dp, so that all-to-alls run beside the reduction of gradients.
+        mesh.ep_group = group("ep_peers")
+        mesh.edp_group = mesh.dp_group if shape.ep == 1 else group("edp_peers")
+        return mesh
+
+
+def node_of_process(environ: Mapping[str, str] = os.environ) -> int:
+    """Index of this process's node, as the environment tells it; 0 where it does not.
+
+    torchrun gives GROUP_RANK. Other launchers that give RANK and LOCAL_WORLD_SIZE number their
+    processes node by node, LOCAL_WORLD_SIZE on each.
+
+    Raises:
+        ValueError: one of these is not a whole number.
+    """
+
+    def number(name: str, least: int) -> int | None:
+        text = environ.get(name)
+        if text is None:
+            return None
+        if not text.isascii() or not text.isdigit() or int(text) < least:
+            raise ValueError(
+                f"the environment's {name}={text!r} is not a whole number from {least} up; "
+                "start through torchrun, or correct it"
+            )
+        return int(text)
+
+    node = number("GROUP_RANK", 0)
+    if node is not None:
+        return node
+    rank, per_node = number("RANK", 0), number("LOCAL_WORLD_SIZE", 1)
+    return 0 if rank is None or per_node is None else rank // per_node
+
+
+def _nodes_of_world() -> tuple[int, ...]:
+    """Node of every rank, gathered from what each one's environment says."""
+    import torch.distributed as dist
+
+    gathered: list[int | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, node_of_process())
+    return tuple(int(node or 0) for node in gathered)
+
+
+def _require_size(what: str, size: object) -> None:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"{what} must be a whole number from 1 up, got {size!r}")
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

@@ -1,0 +1,377 @@
+"""Executes any verified schedule over torch.distributed.
+
+A rank walks its row of the schedule. For each action it takes the chunk's input from the transport
+(or from a neighbouring stage on the same rank), runs it, and starts the transfer of what it made; the
+transport has posted the next receives already, so bytes move while the next action computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..comm.errors import CommError
+from ..comm.p2p import ChannelGroups, Message, Payload, Transport
+from ..comm.waiting import name_ranks
+from .mesh import Mesh
+from .replicas import Replicas, Ties
+from .schedule import Action, Op, Schedule, actions, forward_only, verify
+from .stage import LossFn, StageRunner
+from .timeline import Span, Stopwatch
+from .transfers import activation, gradient, receives, sends
+
+
+class PipelineError(CommError):
+    """A wait within a step failed or took too long.
+
+    Attributes:
+        rank: global rank of this process.
+        step: which run of a schedule by this Pipeline, from 0.
+        action: the action under way, such as "1F3", or what followed the last one.
+        peers: global ranks that were waited for.
+    """
+
+    def __init__(self, rank: int, step: int, action: str, cause: CommError) -> None:
+        what = str(cause).removeprefix(f"rank {rank}: ")
+        super().__init__(f"rank {rank}, step {step}, {action}: {what}", peers=cause.peers)
+        self.rank = rank
+        self.step = step
+        self.action = action
+
+
+@dataclass
+class StepReport:
+    """What the last step did on this rank.
+
+    Attributes:
+        losses: every loss by name, mean over micro-batches, the same on all ranks of the pipeline.
+        peak_chunks: most chunks that were live at once on this rank: their forward begun, and their
+            backward (B, or both I and W) not ended.
+    """
+
+    losses: dict[str, float] = field(default_factory=dict)
+    peak_chunks: int = 0
+    stopwatch: Stopwatch | None = None
+
+    def spans(self) -> list[Span]:
+        """When each step of this rank's row ran, in order."""
+        return self.stopwatch.spans() if self.stopwatch else []
+
+
+class Pipeline:
+    """This rank's part of a pipeline.
+
+    Args:
+        stages: the modules of this rank's stages, by stage index or in the order of
+            `schedule.placement.stages(mesh.pp_rank)`. Each is called with its inputs and, if its
+            forward has a parameter `chunk`, with that (see `Chunk`); it returns a tensor or a tuple
+            of tensors, which the next stage receives as arguments. Any shapes and dtypes; they may
+            change from stage to stage and from step to step.
+        schedule: verified here.
+        mesh: this rank's place; `schedule` has mesh.shape.pp ranks.
+        loss_fn: `loss_fn(output, ..., target, ...) -> 0-dim tensor`, needed where the last stage is.
+        tied: sets of (stage, parameter name) that are one parameter; its gradients are summed over
+            all ranks that hold it.
+        loss_names: names of the auxiliary losses that stages add with `chunk.add_loss`.
+        timeout_s: limit of every wait, seconds.
+        lookahead: messages received ahead of their use from each peer.
+
+    Raises:
+        ValueError: the schedule is wrong (ScheduleError), or does not fit the mesh or the stages.
+    """
+
+    def __init__(
+        self,
+        stages: Mapping[int, nn.Module] | Sequence[nn.Module],
+        schedule: Schedule,
+        mesh: Mesh,
+        loss_fn: LossFn | None = None,
+        *,
+        tied: Ties = (),
+        loss_names: Sequence[str] = (),
+        timeout_s: float = 300.0,
+        lookahead: int = 2,
+    ) -> None:
+        verify(schedule)
+        self.schedule = schedule
+        self.mesh = mesh
+        self.modules = _by_stage(stages, schedule, mesh)
+        self.loss_names = ("main", *loss_names)
+        self.report = StepReport()
+        self.num_steps = 0
+        self.position = "before the first action"
+        self._forward_only = forward_only(schedule)
+        self._last = schedule.num_stages - 1
+        if self._last in self.modules and loss_fn is None:
+            raise ValueError(f"this rank holds the last stage, {self._last}: loss_fn is needed")
+        self._runners = _runners(self.modules, schedule, mesh.pp_rank, loss_fn)
+        self._device = _device_of(self.modules.values())
+        self.replicas = Replicas(self.modules, schedule.placement, mesh, tied, timeout_s=timeout_s)
+        groups = _channel_groups(schedule, mesh, self._device, timeout_s)
+        self._transport = Transport(
+            mesh.rank,
+            groups,
+            self._device,
+            timeout_s=timeout_s,
+            lookahead=lookahead,
+            board=mesh.waits,
+        )
+        self._arrived_locally: dict[Message, Payload] = {}
+
+    def step(self, batch: Any = None, targets: Any = None) -> Tensor:
+        """Forward and backward of one batch; gradients are added to the parameters' `.grad`.
+
+        Args:
+            batch: a tensor or a tuple of tensors, [N, ...] with N a multiple of the number of
+                micro-batches, which are slices of it in order. Needed where stage 0 is.
+            targets: likewise, for the loss; needed where the last stage is.
+
+        Returns:
+            The loss, 0-dim float64, the same on every rank of the pipeline: the mean over
+            micro-batches of loss_fn plus auxiliary losses. Gradients have the same scale and are
+            summed over the holders of a replicated parameter.
+
+        Raises:
+            ValueError: the batch does not divide, or a stage returned something unusable.
+            PipelineError: a peer is gone or a wait took longer than `timeout_s`.
+        """
+        earlier = self.replicas.set_aside()
+        losses = self._run(self.schedule, batch, targets, training=True)
+        with self._at("sum of the gradients of replicas"):
+            self.replicas.sum(earlier)
+        return self._finish(losses)
+
+    def evaluate(self, batch: Any = None, targets: Any = None) -> Tensor:
+        """The loss of one batch, forward only and without gradients; as `step` otherwise."""
+        return self._finish(self._run(self._forward_only, batch, targets, training=False))
+
+    def _run(self, schedule: Schedule, batch: Any, targets: Any, *, training: bool) -> Tensor:
+        """Walk this rank's row; returns float64 losses [name, micro-batch], zero where not ours."""
+        inputs = self._microbatches(batch, "batch", 0)
+        targets = self._microbatches(targets, "targets", self._last)
+        run = _Run(self, inputs, targets, training)
+        self.report = StepReport(stopwatch=run.stopwatch)
+        peers = self.mesh.shape.pp_peers(self.mesh.rank)
+        try:
+            with self._at("start"):
+                incoming = receives(schedule, self.mesh.pp_rank)
+                self._transport.begin({peers[r]: messages for r, messages in incoming.items()})
+            for step in schedule.rows[self.mesh.pp_rank]:
+                with self._at(f"action {step}"):
+                    run.stopwatch.begin_step(step)
+                    for action in actions(step):
+                        run.act(action)
+                    run.stopwatch.end_step()
+            with self._at("end of the schedule"):
+                self._transport.flush()
+        finally:
+            self._arrived_locally.clear()
+            for runner in self._runners.values():
+                runner.discard()
+        return run.losses
+
+    def _finish(self, losses: Tensor) -> Tensor:
+        with self._at("sum of the losses"):
+            if self.mesh.pp_group is not None:
+                try:
+                    dist.all_reduce(losses, group=self.mesh.pp_group)
+                except RuntimeError as error:
+                    peers = self.mesh.shape.pp_peers(self.mesh.rank)
+                    others = tuple(r for r in peers if r != self.mesh.rank)
+                    text = f"(peers: {name_ranks(others)}): {error}"
+                    raise CommError(text, peers=others) from error
+        means = losses.mean(1)
+        self.report.losses = dict(zip(self.loss_names, means.tolist(), strict=True))
+        self.num_steps += 1
+        return means.sum()
+
+    def _microbatches(self, data: Any, what: str, stage: int) -> list[tuple[Tensor, ...]]:
+        if stage not in self.modules:
+            return []
+        tensors = data if isinstance(data, tuple) else (data,)
+        num = self.schedule.num_microbatches
+        for tensor in tensors:
+            if not isinstance(tensor, Tensor):
+                raise ValueError(
+                    f"{what}: rank {self.mesh.rank} holds stage {stage} and needs a tensor or a "
+                    f"tuple of tensors, got {type(tensor).__name__}"
+                )
+            if tensor.dim() == 0 or tensor.shape[0] % num or tensor.shape[0] == 0:
+                raise ValueError(
+                    f"{what}: shape {list(tensor.shape)} does not divide into {num} micro-batches; "
+                    f"its first dimension must be a multiple of {num}"
+                )
+        return list(zip(*(tensor.chunk(num) for tensor in tensors), strict=True))
+
+    @contextmanager
+    def _at(self, position: str) -> Iterator[None]:
+        """Errors within are told where they happened."""
+        self.position = position
+        try:
+            yield
+        except CommError as error:
+            raise PipelineError(self.mesh.rank, self.num_steps, position, error) from error
+        except Exception as error:
+            error.add_note(f"rank {self.mesh.rank}, step {self.num_steps}, {position}")
+            raise
+
+
+class _Run:
+    """One walk over a row: executes actions for its Pipeline."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        inputs: list[tuple[Tensor, ...]],
+        targets: list[tuple[Tensor, ...]],
+        training: bool,
+    ) -> None:
+        self._pipeline = pipeline
+        self._placement = pipeline.schedule.placement
+        self._rank = pipeline.mesh.pp_rank
+        self._peers = pipeline.mesh.shape.pp_peers(pipeline.mesh.rank)
+        self._inputs = inputs
+        self._targets = targets
+        self._training = training
+        num = pipeline.schedule.num_microbatches
+        self._loss_scale = 1.0 / num
+        device = pipeline._device
+        self.losses = torch.zeros(
+            len(pipeline.loss_names), num, dtype=torch.float64, device=device
+        )
+        self.stopwatch = Stopwatch(device)
+
+    def act(self, action: Action) -> None:
+        if action.op is Op.F:
+            self._forward(action.stage, action.microbatch)
+        elif action.op is Op.W:
+            self._pipeline._runners[action.stage].weight(action.microbatch)
+        else:
+            self._backward(action.stage, action.microbatch, split=action.op is Op.I)
+
+    def _forward(self, stage: int, microbatch: int) -> None:
+        pipeline = self._pipeline
+        if stage == 0:
+            inputs: Payload = self._inputs[microbatch]
+        else:
+            inputs = self._take(stage - 1, activation(stage - 1, microbatch))
+        targets = self._targets[microbatch] if stage == pipeline._last else ()
+        runner = pipeline._runners[stage]
+        outputs, losses = runner.forward(microbatch, inputs, targets, training=self._training)
+        live = sum(r.num_live for r in pipeline._runners.values())
+        pipeline.report.peak_chunks = max(pipeline.report.peak_chunks, live)
+        for name, value in losses.items():
+            if name not in pipeline.loss_names:
+                raise ValueError(
+                    f"stage {stage} added a loss named {name!r}; the Pipeline was made with "
+                    f"loss_names={list(pipeline.loss_names[1:])}: add it there"
+                )
+            self.losses[pipeline.loss_names.index(name), microbatch] += value
+        if stage < pipeline._last:
+            self._give(stage + 1, activation(stage, microbatch), outputs)
+
+    def _backward(self, stage: int, microbatch: int, *, split: bool) -> None:
+        pipeline = self._pipeline
+        grads: Payload = ()
+        if stage < pipeline._last:
+            grads = self._take(stage + 1, gradient(stage, microbatch))
+        input_grads = pipeline._runners[stage].backward(
+            microbatch, grads, loss_scale=self._loss_scale, split=split
+        )
+        if stage > 0:
+            self._give(stage - 1, gradient(stage - 1, microbatch), input_grads)
+
+    def _take(self, from_stage: int, message: Message) -> Payload:
+        source = self._placement.rank(from_stage, message.microbatch)
+        if source == self._rank:
+            return self._pipeline._arrived_locally.pop(message)
+        self.stopwatch.begin_wait()
+        payload = self._pipeline._transport.receive(self._peers[source], message)
+        self.stopwatch.end_wait()
+        return payload
+
+    def _give(self, to_stage: int, message: Message, payload: Payload) -> None:
+        destination = self._placement.rank(to_stage, message.microbatch)
+        if destination == self._rank:
+            self._pipeline._arrived_locally[message] = payload
+        else:
+            self._pipeline._transport.send(self._peers[destination], message, payload)
+
+
+def _by_stage(
+    stages: Mapping[int, nn.Module] | Sequence[nn.Module], schedule: Schedule, mesh: Mesh
+) -> dict[int, nn.Module]:
+    if schedule.num_ranks != mesh.shape.pp:
+        raise ValueError(
+            f"schedule {schedule.name} is for {schedule.num_ranks} ranks, the mesh has "
+            f"pp={mesh.shape.pp}"
+        )
+    held = schedule.placement.stages(mesh.pp_rank)
+    if not isinstance(stages, Mapping):
+        if len(stages) != len(held):
+            raise ValueError(
+                f"pipeline rank {mesh.pp_rank} holds stages {list(held)}, got {len(stages)} modules"
+            )
+        stages = dict(zip(held, stages, strict=True))
+    if set(stages) != set(held):
+        raise ValueError(
+            f"pipeline rank {mesh.pp_rank} holds stages {list(held)}, got modules for {sorted(stages)}"
+        )
+    return {stage: stages[stage] for stage in held}
+
+
+def _runners(
+    modules: Mapping[int, nn.Module], schedule: Schedule, pp_rank: int, loss_fn: LossFn | None
+) -> dict[int, StageRunner]:
+    row = [action for step in schedule.rows[pp_rank] for action in actions(step)]
+    last = schedule.num_stages - 1
+    return {
+        stage: StageRunner(
+            stage,
+            module,
+            loss_fn if stage == last else None,
+            frozenset(a.microbatch for a in row if a.op is Op.I and a.stage == stage),
+        )
+        for stage, module in modules.items()
+    }
+
+
+def _device_of(modules: Iterable[nn.Module]) -> torch.device:
+    tensors = (t for m in modules for t in (*m.parameters(), *m.buffers()))
+    return next((t.device for t in tensors), torch.device("cpu"))
+
+
+def _channel_groups(
+    schedule: Schedule, mesh: Mesh, device: torch.device, timeout_s: float
+) -> dict[tuple[int, int], ChannelGroups]:
+    """The process groups of each directed channel of this rank, by global ranks."""
+    if mesh.pp_group is None:
+        return {}
+    peers = mesh.shape.pp_peers(mesh.rank)
+    neighbours = {d for d, _ in sends(schedule, mesh.pp_rank)} | set(
+        receives(schedule, mesh.pp_rank)
+    )
+    me = mesh.pp_rank
+    channels = sorted({(me, n) for n in neighbours} | {(n, me) for n in neighbours})
+    result: dict[tuple[int, int], ChannelGroups] = {}
+    for source, destination in channels:
+        ends = peers[source], peers[destination]
+        if device.type == "cuda":
+            result[ends] = ChannelGroups(*(_group_of(ends, timeout_s) for _ in range(2)))
+        else:
+            result[ends] = ChannelGroups(mesh.pp_group, mesh.pp_group)
+    return result
+
+
+def _group_of(ends: tuple[int, int], timeout_s: float) -> dist.ProcessGroup:
+    limit = timedelta(seconds=timeout_s)
+    group = dist.new_group(sorted(ends), timeout=limit, use_local_synchronization=True)
+    assert group is not None
+    return group

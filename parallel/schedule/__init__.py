@@ -1,0 +1,39 @@
+"""Schedules as plain values, per rank a list of actions: built, read, written and verified here.
+
+Nothing else decides order: `simulate` predicts what a schedule costs and `pipeline` executes it.
+One module a schedule (`one_f_one_b`, `dualpipe`, `dualpipev`), by name in `catalogue`. Imports
+nothing but the standard library: no torch.
+"""
+
+from .actions import Action, Op, Pair, Step, actions, dependencies, parse_step
+from .catalogue import build, names
+from .files import load, save
+from .placement import Placement
+from .replay import Blocked, Replay, replay
+from .schedule import Position, Schedule, forward_only
+from .text_grid import grid
+from .verifier import ScheduleError, verify
+
+__all__ = [
+    "Action",
+    "Blocked",
+    "Op",
+    "Pair",
+    "Placement",
+    "Position",
+    "Replay",
+    "Schedule",
+    "ScheduleError",
+    "Step",
+    "actions",
+    "build",
+    "dependencies",
+    "forward_only",
+    "grid",
+    "load",
+    "names",
+    "parse_step",
+    "replay",
+    "save",
+    "verify",
+]

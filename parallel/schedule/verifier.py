@@ -1,0 +1,260 @@
+"""Proves that a schedule can be executed: complete, placed, ordered and free of deadlock."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NoReturn
+
+from .actions import Action, Op, Pair, Step, actions
+from .replay import Blocked, replay
+from .schedule import Position, Schedule
+from .text_grid import cells, draw
+
+# How much of the schedule an error shows around its place.
+_RANKS_AROUND = 2
+_STEPS_AROUND = 3
+
+# Place of each kind of action in the life of a chunk.
+_KIND = {Op.F: 0, Op.B: 1, Op.I: 1, Op.W: 2}
+
+
+class ScheduleError(ValueError):
+    """A schedule that cannot be executed.
+
+    Attributes:
+        rank: the rank that is wrong.
+        step: index of the step in that rank's row; of a missing action, where it would stand.
+        action: the action that is wrong.
+    """
+
+    # Defaults, because unpickling constructs an exception from its message and sets the rest after.
+    def __init__(
+        self, message: str, rank: int = 0, step: int = 0, action: Action | None = None
+    ) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.step = step
+        self.action = action
+
+
+def verify(schedule: Schedule) -> None:
+    """Raise unless every rank can execute its row to the end.
+
+    Complete: each stage has, for each micro-batch, one F and either one B or one I and one W, on
+    the rank that the placement says; or, in a schedule without any backward, one F. Ordered: in
+    each row an action stands after what it needs, and the members of a pair need nothing of each
+    other. Free of deadlock: a replay of all rows reaches their ends.
+
+    Raises:
+        ScheduleError: the first thing that is wrong, with rank, step and action, and the schedule
+            around it. Of a deadlock, every blocked rank, what it waits for and where that stands.
+    """
+    _check_steps(schedule)
+    _check_complete(schedule)
+    _check_rows_ordered(schedule)
+    _check_deadlock(schedule)
+
+
+def _check_steps(schedule: Schedule) -> None:
+    """Each step is possible in itself, stands on its rank, and is there once."""
+    for rank, row in enumerate(schedule.rows):
+        for index, step in enumerate(row):
+            position = Position(rank, index)
+            _check_pair(schedule, position, step)
+            for action in actions(step):
+                _check_placed(schedule, position, action)
+                first = schedule.positions[action]
+                if first != position:
+                    _fail(
+                        schedule,
+                        position,
+                        action,
+                        f"is there twice: it also stands at {_where(first)}",
+                        also=[first],
+                    )
+
+
+def _check_pair(schedule: Schedule, position: Position, step: Step) -> None:
+    if not isinstance(step, Pair):
+        return
+    if step.forward.op != Op.F or step.backward.op != Op.B:
+        _fail(schedule, position, step, "is not a pair of a forward and a full backward")
+    # A micro-batch's backwards need all its forwards, and micro-batches need nothing of each other.
+    if step.forward.microbatch == step.backward.microbatch:
+        _fail(
+            schedule,
+            position,
+            step,
+            f"cannot overlap: {step.backward} needs {step.forward}, both being of micro-batch "
+            f"{step.forward.microbatch}",
+        )
+
+
+def _check_placed(schedule: Schedule, position: Position, action: Action) -> None:
+    stages, microbatches = schedule.num_stages, schedule.num_microbatches
+    if not 0 <= action.stage < stages or not 0 <= action.microbatch < microbatches:
+        _fail(
+            schedule,
+            position,
+            action,
+            f"does not exist: there are stages 0 to {stages - 1} and micro-batches 0 to "
+            f"{microbatches - 1}",
+        )
+    home = schedule.placement.rank(action.stage, action.microbatch)
+    if position.rank != home:
+        _fail(
+            schedule,
+            position,
+            action,
+            f"is on the wrong rank: stage {action.stage} of micro-batch {action.microbatch} is "
+            f"placed on rank {home}",
+        )
+
+
+def _check_complete(schedule: Schedule) -> None:
+    """Each stage has all its work on each micro-batch, and none of it in two ways."""
+    held = schedule.positions
+    for microbatch in range(schedule.num_microbatches):
+        for stage in range(schedule.num_stages):
+            f, b, i, w = (Action(stage, op, microbatch) for op in (Op.F, Op.B, Op.I, Op.W))
+            if f not in held:
+                _fail_missing(schedule, f, "")
+            if not schedule.has_backward:
+                continue
+            for half in (i, w):
+                if b in held and half in held:
+                    _fail(
+                        schedule,
+                        held[half],
+                        half,
+                        f"repeats work: the full backward {b} stands at {_where(held[b])}",
+                        also=[held[b]],
+                    )
+            if b in held:
+                continue
+            if i not in held and w not in held:
+                _fail_missing(schedule, b, f", and so are {i} and {w}")
+            for half, other in ((i, w), (w, i)):
+                if half not in held:
+                    _fail_missing(schedule, half, f", though {other} is there")
+
+
+def _check_rows_ordered(schedule: Schedule) -> None:
+    held = schedule.positions
+    for action, position in held.items():
+        for need in schedule.needs[action]:
+            there = held[need]
+            if there.rank == position.rank and there.step > position.step:
+                _fail(
+                    schedule,
+                    position,
+                    action,
+                    f"stands before {need} (step {there.step}), which it needs",
+                    also=[there],
+                )
+
+
+def _check_deadlock(schedule: Schedule) -> None:
+    order, blocked = replay(schedule)
+    if not blocked:
+        return
+    circle = _circle(schedule, blocked)
+    lines = [
+        f"can never start: deadlock after {len(order)} of {sum(map(len, schedule.rows))} steps",
+        *(
+            f"  rank {b.position.rank}, step {b.position.step}: {b.action} waits for {b.awaited}, "
+            f"which stands at {_where(schedule.positions[b.awaited])}"
+            for b in blocked
+        ),
+        "  the circle: rank " + ", which waits for rank ".join(str(rank) for rank in circle),
+    ]
+    culprit = next(b for b in blocked if b.position.rank == circle[0])
+    _fail(
+        schedule,
+        culprit.position,
+        culprit.action,
+        "\n".join(lines),
+        also=[b.position for b in blocked],
+    )
+
+
+def _circle(schedule: Schedule, blocked: Collection[Blocked]) -> list[int]:
+    """Ranks that wait for each other in a circle, the lowest first and last."""
+    waits_for = {b.position.rank: schedule.positions[b.awaited].rank for b in blocked}
+    rank = min(waits_for)
+    path: list[int] = []
+    while rank not in path:
+        path.append(rank)
+        rank = waits_for[rank]
+    circle = path[path.index(rank) :]
+    start = circle.index(min(circle))
+    return [*circle[start:], *circle[: start + 1]]
+
+
+def _where(position: Position) -> str:
+    return f"step {position.step} of rank {position.rank}"
+
+
+def _fail_missing(schedule: Schedule, action: Action, more: str) -> NoReturn:
+    """Report an action that is nowhere, at the first place in its row where it could stand."""
+    rank = schedule.placement.rank(action.stage, action.microbatch)
+    row = list(enumerate(schedule.rows[rank]))
+    before = [i for i, s in row if any(_comes_before(schedule, a, action) for a in actions(s))]
+    index = before[-1] + 1 if before else 0
+    after = [i for i, s in row if any(_comes_before(schedule, action, a) for a in actions(s))]
+    bounds = [f"after {schedule.rows[rank][i]} at step {i}" for i in before[-1:]]
+    bounds += [f"before {schedule.rows[rank][i]} at step {i}" for i in after[:1] if i >= index]
+    place = f"; it belongs {' and '.join(bounds)}" if bounds else ""
+    rows = cells(schedule)
+    rows[rank].insert(index, f"no {action}")
+    position = Position(rank, index)
+    _raise(schedule, rows, position, action, f"is missing{more}{place}", [position])
+
+
+def _comes_before(schedule: Schedule, one: Action, other: Action) -> bool:
+    """Whether, on a stage of one rank, `one` usually stands before `other`.
+
+    The actions of one micro-batch go F, B or I, W; one kind of action goes by micro-batch, within
+    those that take one route.
+    """
+    if one.stage != other.stage:
+        return False
+    if one.microbatch == other.microbatch:
+        return _KIND[one.op] < _KIND[other.op]
+    route_of = schedule.placement.route_of
+    return (
+        _KIND[one.op] == _KIND[other.op]
+        and one.microbatch < other.microbatch
+        and route_of[one.microbatch] == route_of[other.microbatch]
+    )
+
+
+def _fail(
+    schedule: Schedule,
+    position: Position,
+    step: Step,
+    message: str,
+    also: Collection[Position] = (),
+) -> NoReturn:
+    _raise(schedule, cells(schedule), position, step, message, [position, *also])
+
+
+def _raise(
+    schedule: Schedule,
+    rows: list[list[str]],
+    position: Position,
+    step: Step,
+    message: str,
+    marks: Collection[Position],
+) -> NoReturn:
+    rank, index = position
+    near_ranks = range(max(0, rank - _RANKS_AROUND), min(len(rows), rank + _RANKS_AROUND + 1))
+    longest = max(len(rows[r]) for r in near_ranks)
+    near_steps = range(max(0, index - _STEPS_AROUND), min(longest, index + _STEPS_AROUND + 1))
+    window = draw(rows, near_ranks, near_steps, marks)
+    raise ScheduleError(
+        f"schedule {schedule.name!r}, rank {rank}, step {index}: {step} {message}\n{window}",
+        rank,
+        index,
+        actions(step)[0],
+    )

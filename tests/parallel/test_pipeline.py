@@ -1,0 +1,205 @@
+"""The executor: any schedule gives the gradients of one process, frees what is dead, and never hangs."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from counterflow.parallel import Mesh, MeshShape, Pipeline, PipelineError
+from counterflow.parallel.schedule import Action, Op, Placement, Schedule, build
+from tests import cases_pipeline as cases
+from tests.ranks import RankError, RankPool
+
+SCHEDULES = ("1f1b", "dualpipe", "dualpipev")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_gradients_and_loss_equal_those_of_one_process(
+    ranks: RankPool, schedule: str, world: int
+) -> None:
+    results = ranks.run(cases.agrees, world=world, schedule=schedule, microbatches=2 * world)
+    # float64: the same products, summed over micro-batches in another order.
+    assert max(r["gradient"] for r in results) <= 1e-14
+    assert max(r["loss"] for r in results) <= 1e-14
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_float32_gradients_equal_those_of_one_process(ranks: RankPool, schedule: str) -> None:
+    results = ranks.run(
+        cases.agrees, world=4, schedule=schedule, microbatches=8, dtype=torch.float32
+    )
+    assert max(r["gradient"] for r in results) <= 1e-5  # rounding of 8 summed micro-batches
+
+
+def test_a_schedule_of_ones_own_runs(ranks: RankPool) -> None:
+    """Two ranks, three stages, the middle one on rank 1 with its backward split."""
+    m = range(4)
+    ours = (
+        *(Action(0, Op.F, i) for i in m),
+        *(Action(2, Op.F, i) for i in m),
+        *(Action(2, Op.I, i) for i in m),
+        *(Action(0, Op.B, i) for i in m),
+        *(Action(2, Op.W, i) for i in reversed(m)),
+    )
+    theirs = (
+        *(Action(1, Op.F, i) for i in m),
+        *(Action(1, Op.I, i) for i in m),
+        *(Action(1, Op.W, i) for i in m),
+    )
+    schedule = Schedule("ours", Placement.of([(0, 1, 0)] * 4), (ours, theirs))
+    results = ranks.run(cases.agrees, world=2, schedule=schedule)
+    assert max(r["gradient"] for r in results) <= 1e-14
+    assert [r["peaks"] for r in results] == [8, 4]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("world", [2, 4])
+def test_shapes_dtypes_and_none_gradients_may_differ_by_stage_and_step(
+    ranks: RankPool, schedule: str, world: int
+) -> None:
+    assert max(ranks.run(cases.mixed_payloads, world=world, schedule=schedule)) <= 1e-13
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("world", [2, 4])
+def test_tied_parameters_get_the_sum_of_their_gradients(
+    ranks: RankPool, schedule: str, world: int
+) -> None:
+    assert max(ranks.run(cases.tied_parameters, world=world, schedule=schedule)) <= 1e-14
+
+
+def test_a_frozen_first_stage_gets_no_gradient_and_nothing_hangs(ranks: RankPool) -> None:
+    assert ranks.run(cases.frozen_first_stage, world=2) == [[False, False], [True, True]]
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_dualpipe_holds_ranks_plus_one_chunks_on_every_rank(ranks: RankPool, world: int) -> None:
+    results = ranks.run(
+        cases.live_activations, world=world, schedule="dualpipe", microbatches=2 * world + 4
+    )
+    # As the executor counts them, as the tensors themselves show, and none left over.
+    assert results == [(world + 1, world + 1, 0)] * world
+
+
+def test_1f1b_holds_one_chunk_less_on_each_further_rank(ranks: RankPool) -> None:
+    results = ranks.run(cases.live_activations, world=4, schedule="1f1b", microbatches=8)
+    assert results == [(4 - r, 4 - r, 0) for r in range(4)]
+
+
+@pytest.mark.parametrize("block", ["Block", "Custom"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_split_backward_costs_the_flops_of_a_full_one(
+    ranks: RankPool, schedule: str, block: str
+) -> None:
+    for ours, plain in ranks.run(cases.backward_flops, world=4, schedule=schedule, block=block):
+        assert ours == plain > 0
+
+
+def test_auxiliary_losses_are_added_on_every_stage(ranks: RankPool) -> None:
+    # Two stages add 3 w with w = 1; the main loss is the mean of x w w, whose derivative by either w is 1.
+    for loss, losses, grad in ranks.run(cases.aux_losses, world=2, name="extra"):
+        assert (loss, losses, grad) == (7.0, {"main": 1.0, "extra": 6.0}, 4.0)
+
+
+def test_an_unknown_auxiliary_loss_is_named(ranks: RankPool) -> None:
+    with pytest.raises(RankError) as caught:
+        ranks.run(cases.aux_losses, world=2, name="surprise")
+    assert "'surprise'" in caught.value.errors[0]
+    assert "loss_names" in caught.value.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("view", "is a view of part of a tensor of shape [2, 4]"),
+        ("dict", "output 0 of stage 0 (Bad) is a dict"),
+        ("list inside", "output 1 of stage 0 (Bad) is a list"),
+    ],
+)
+def test_what_a_stage_may_not_return_is_refused_in_one_line(
+    ranks: RankPool, what: str, words: str
+) -> None:
+    with pytest.raises(RankError) as caught:
+        ranks.run(cases.returns, world=2, what=what)
+    assert words in caught.value.errors[0]
+    assert "\n" not in caught.value.errors[0]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("victim", [0, 1, 3])
+def test_when_a_rank_dies_every_other_ends_with_an_error_that_names_where(
+    schedule: str, victim: int
+) -> None:
+    began = time.monotonic()
+    with RankPool() as pool, pytest.raises(RankError) as caught:
+        pool.run(cases.dies_midway, world=4, schedule=schedule, victim=victim, limit_s=20.0)
+    assert time.monotonic() - began < 60
+    errors = caught.value.errors
+    assert errors[victim] == "the process died"
+    for rank in {0, 1, 2, 3} - {victim}:
+        assert errors[rank].startswith(f"PipelineError: rank {rank}, step 0, action ")
+        assert "(peer: rank " in errors[rank]
+
+
+def test_a_peer_that_never_answers_ends_in_an_error_within_the_limit() -> None:
+    with RankPool() as pool, pytest.raises(RankError) as caught:
+        pool.run(cases.never_answers, world=2, limit_s=2.0)
+    text = caught.value.errors[0]
+    assert "rank 0, step 0, action" in text
+    assert "peer: rank 1" in text
+    assert "no answer within 2 s" in text
+
+
+def test_a_batch_that_does_not_divide_is_refused(ranks: RankPool) -> None:
+    with pytest.raises(RankError) as caught:
+        ranks.run(cases.bad_batch, world=2)
+    assert "batch: shape [6, 4] does not divide into 4 micro-batches" in caught.value.errors[0]
+
+
+def one_rank(stages: Any, **arguments: Any) -> Pipeline:
+    schedule = build("1f1b", ranks=1, microbatches=2)
+    return Pipeline(stages, schedule, Mesh(MeshShape()), **arguments)
+
+
+def test_one_rank_needs_no_process_group() -> None:
+    layer = torch.nn.Linear(3, 1, dtype=torch.float64)
+    pipeline = one_rank([layer], loss_fn=lambda y, t: (y - t).square().mean())
+    x = torch.randn(4, 3, dtype=torch.float64)
+    y = torch.randn(4, 1, dtype=torch.float64)
+    loss = pipeline.step(x, y)
+    want = (layer(x) - y).square().mean()
+    assert float(loss) == pytest.approx(float(want), rel=1e-14)
+    (grad,) = torch.autograd.grad(want, layer.weight)
+    assert layer.weight.grad is not None
+    torch.testing.assert_close(layer.weight.grad, grad, rtol=1e-13, atol=0)
+
+
+def test_what_does_not_fit_is_refused_when_the_pipeline_is_made() -> None:
+    layer = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="loss_fn is needed"):
+        one_rank([layer])
+    with pytest.raises(ValueError, match=r"holds stages \[0\], got 2 modules"):
+        one_rank([layer, layer], loss_fn=lambda y, t: y)
+    with pytest.raises(ValueError, match=r"holds stages \[0\], got modules for \[1\]"):
+        one_rank({1: layer}, loss_fn=lambda y, t: y)
+    with pytest.raises(ValueError, match="is for 2 ranks, the mesh has pp=1"):
+        Pipeline([layer], build("1f1b", ranks=2, microbatches=2), Mesh(MeshShape()))
+    with pytest.raises(ValueError, match="no parameter 'nothing'; it has weight, bias"):
+        one_rank([layer], loss_fn=lambda y, t: y, tied=[[(0, "nothing"), (0, "weight")]])
+
+
+def test_an_incomplete_schedule_never_runs() -> None:
+    schedule = build("1f1b", ranks=1, microbatches=2)
+    broken = Schedule("broken", schedule.placement, (schedule.rows[0][:-1],))
+    with pytest.raises(ValueError, match="0B1"):
+        Pipeline([torch.nn.Linear(1, 1)], broken, Mesh(MeshShape()), lambda y, t: y)
+
+
+def test_the_error_of_a_peer_is_a_communication_error() -> None:
+    from counterflow.comm import CommError
+
+    assert issubclass(PipelineError, CommError)

@@ -1,0 +1,262 @@
+"""The simulation against the papers' numbers and against a second, slower way to compute it."""
+
+import json
+import time
+from itertools import pairwise
+
+import pytest
+from counterflow.parallel.schedule import (
+    Action,
+    Pair,
+    Schedule,
+    ScheduleError,
+    actions,
+    build,
+    forward_only,
+)
+from counterflow.parallel.simulate import Costs, Result, simulate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.cases_schedules import all_actions, built_schedules, needed, random_schedules, with_rows
+
+UNIT = Costs(F=1, I=1, W=1, pair=3)
+numbers = st.integers(0, 8).map(lambda n: n / 4)  # binary fractions: sums are exact
+
+
+def run(name: str, ranks: int, microbatches: int, costs: Costs = UNIT) -> Result:
+    return simulate(build(name, ranks=ranks, microbatches=microbatches), costs)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "microbatches", "makespan", "bubble"),
+    [(4, 8, 26, 2), (8, 20, 66, 6), (8, 40, 126, 6), (16, 120, 374, 14)],
+)
+def test_dualpipe_takes_the_published_time_on_every_rank(
+    ranks: int, microbatches: int, makespan: int, bubble: int
+) -> None:
+    result = run("dualpipe", ranks, microbatches)
+    assert result.makespan == makespan
+    assert result.idle == (bubble,) * ranks
+    assert result.bubble_rate == pytest.approx(bubble / makespan, rel=1e-15)
+
+
+def test_bubbles_and_activations_have_their_closed_forms_at_every_size() -> None:
+    """Unit times: F = I = W = 1, so B = 2 and F&B = 3."""
+    for schedule in built_schedules(max_ranks=8):
+        result = simulate(schedule, UNIT)
+        p, s, m = schedule.num_ranks, schedule.num_stages, schedule.num_microbatches
+        if schedule.name == "1f1b":
+            assert result.idle == ((p - 1) * (1 + 2),) * p
+            assert result.peak_activations == tuple(min(p - r, m) for r in range(p))
+        else:
+            assert result.idle == ((s // 2 - 1) * (3 + 2 - 3 * 1),) * p
+            assert result.peak_activations == (s + 1,) * p
+
+
+def test_dualpipe_uses_the_published_numbers_of_steps() -> None:
+    counts = run("dualpipe", 16, 120).op_counts
+    assert counts[0] == {"F": 23, "B": 8, "I": 15, "W": 15, "pair": 97}
+    assert counts[7] == {"F": 17, "B": 9, "I": 8, "W": 8, "pair": 103}
+    assert counts[0] == counts[15]
+    assert counts[7] == counts[8]
+
+
+def test_unequal_times_give_the_bubbles_of_the_fact_sheet() -> None:
+    unequal = run("dualpipe", 8, 20, Costs(F=1, I=1.2, W=0.8, pair=2.6))
+    assert (round(min(unequal.idle), 9), round(max(unequal.idle), 9)) == (5.2, 6.0)
+    overlapped = run("dualpipe", 8, 20, Costs(pair=2.5))
+    assert (min(overlapped.idle), max(overlapped.idle)) == (3.5, 4.5)
+    assert overlapped.idle[3] == overlapped.idle[4] == 4.5
+
+
+@pytest.mark.parametrize(
+    ("microbatches", "costs", "rate"),
+    [
+        (24, Costs(F=18.522, I=18.086, W=9.337, send=0.601), 0.2431),
+        (32, Costs(F=18.513, I=18.086, W=9.331, send=0.626), 0.1985),
+        (64, Costs(F=18.546, I=18.097, W=9.321, send=0.762), 0.1240),
+        (24, Costs(F=29.718, I=29.444, W=19.927, send=0.527), 0.2347),
+        (32, Costs(F=29.802, I=29.428, W=19.53, send=0.577), 0.1898),
+        (64, Costs(F=29.935, I=29.621, W=19.388, send=0.535), 0.1091),
+    ],
+)
+def test_1f1b_has_the_bubble_rates_of_the_zero_bubble_paper(
+    microbatches: int, costs: Costs, rate: float
+) -> None:
+    """Tables 5 and 9 of arXiv 2401.10241, eight stages; rank 0's time is the makespan there."""
+    result = run("1f1b", 8, microbatches, costs)
+    assert round(result.bubble_rate, 4) == rate
+    work = microbatches * (costs.F + costs.I + costs.W)
+    assert round((result.makespan - work) / result.makespan, 4) == rate
+
+
+def longest_path(schedule: Schedule, costs: Costs) -> dict[Action, tuple[float, float]]:
+    """Start and end of every action, relaxed until nothing moves."""
+    needs = needed(set(all_actions(schedule)))
+    rank_of = {a: r for r, row in enumerate(schedule.rows) for step in row for a in actions(step)}
+    times = dict.fromkeys(rank_of, (0.0, 0.0))
+    moved = True
+    while moved:
+        moved = False
+        for rank, row in enumerate(schedule.rows):
+            free = 0.0
+            for step in row:
+                arrivals = [
+                    times[n][1] + (costs.send if rank_of[n] != rank else 0.0)
+                    for a in actions(step)
+                    for n in needs[a]
+                ]
+                start = max([free, *arrivals])
+                backward = costs.I + costs.W if costs.B is None else costs.B
+                pair = costs.F + backward if costs.pair is None else costs.pair
+                by_op = {"F": costs.F, "B": backward, "I": costs.I, "W": costs.W}
+                free = start + (pair if isinstance(step, Pair) else by_op[step.op])
+                for a in actions(step):
+                    moved |= times[a] != (start, free)
+                    times[a] = (start, free)
+    return times
+
+
+@given(
+    random_schedules(),
+    st.builds(
+        Costs,
+        F=numbers.filter(bool),
+        I=numbers,
+        W=numbers,
+        B=st.none() | numbers,
+        pair=st.none() | numbers,
+        send=numbers,
+    ),
+)
+@settings(deadline=None, max_examples=100)
+def test_every_step_starts_as_soon_as_it_can(schedule: Schedule, costs: Costs) -> None:
+    result = simulate(schedule, costs)
+    expected = longest_path(schedule, costs)
+    found = {
+        action: (span.start, span.end)
+        for row in result.spans
+        for span in row
+        for action in actions(span.step)
+    }
+    assert found == expected
+    assert [[span.step for span in row] for row in result.spans] == list(map(list, schedule.rows))
+    assert result.makespan == max(end for _, end in expected.values())
+    for rank, row in enumerate(result.spans):
+        assert all(one.end <= other.start for one, other in pairwise(row))
+        assert result.busy[rank] == sum(span.end - span.start for span in row)
+        assert result.idle[rank] == result.makespan - result.busy[rank]
+        assert sum(result.op_counts[rank].values()) == len(row)
+    assert 0 <= result.bubble_rate < 1
+    # The most chunks alive at any moment a step starts, from the times instead of from the rows.
+    for rank, row in enumerate(schedule.rows):
+        mine = [a for step in row for a in actions(step)]
+        order = {a: i for i, step in enumerate(row) for a in actions(step)}
+        died = {(a.stage, a.microbatch): order[a] for a in mine if a.op in "BI"}
+        born = {(a.stage, a.microbatch): order[a] for a in mine if a.op == "F"}
+        assert result.peak_activations[rank] == max(
+            sum(born[c] <= i <= died[c] for c in born) for i in range(len(row))
+        )
+
+
+def test_a_send_delays_the_other_rank_and_keeps_nobody_busy() -> None:
+    result = run("1f1b", 2, 1, Costs(F=1, I=2, W=3, send=10))
+    assert [[tuple(span)[1:] for span in row] for row in result.spans] == [
+        [(0, 1), (27, 32)],
+        [(11, 12), (12, 17)],
+    ]
+    assert (result.makespan, result.busy, result.idle) == (32, (6, 6), (26, 26))
+    within = run("dualpipev", 1, 2, Costs(send=10))
+    assert within.idle == (0,)
+
+
+def test_copies_of_the_parameters_are_counted() -> None:
+    assert run("1f1b", 4, 8).parameter_copies == 1
+    assert run("dualpipe", 4, 8).parameter_copies == 2
+    assert run("dualpipev", 4, 8).parameter_copies == 1
+
+
+def test_evaluation_holds_one_chunk_at_a_time() -> None:
+    result = simulate(forward_only(build("dualpipe", ranks=4, microbatches=8)), UNIT)
+    assert result.peak_activations == (1, 1, 1, 1)
+    assert result.busy == (8, 8, 8, 8)
+
+
+def test_json_has_the_promised_names_and_survives_json() -> None:
+    result = run("dualpipe", 4, 8)
+    document = result.to_json()
+    assert list(document) == [
+        "schedule",
+        "ranks",
+        "stages",
+        "microbatches",
+        "makespan",
+        "busy",
+        "idle",
+        "bubble_rate",
+        "peak_activations",
+        "parameter_copies",
+        "op_counts",
+    ]
+    assert json.loads(json.dumps(document)) == document
+    assert (document["schedule"], document["ranks"], document["stages"]) == ("dualpipe", 4, 4)
+    assert (document["microbatches"], document["makespan"]) == (8, 26)
+    assert document["busy"] == [24, 24, 24, 24]
+    assert document["peak_activations"] == [5, 5, 5, 5]
+
+
+def test_a_schedule_that_cannot_run_is_refused() -> None:
+    schedule = build("1f1b", ranks=2, microbatches=2)
+    with pytest.raises(ScheduleError, match="1B1 is missing"):
+        simulate(with_rows(schedule, [[*schedule.rows[0]], [*schedule.rows[1][:-1]]]), UNIT)
+
+
+def test_costs_default_to_a_backward_of_its_halves_and_a_pair_that_gains_nothing() -> None:
+    costs = Costs(F=2, I=3, W=5)
+    step = Action(0, "B", 0)  # type: ignore[arg-type]
+    pair = Pair(Action(0, "F", 1), step)  # type: ignore[arg-type]
+    assert (costs.of(step), costs.of(pair)) == (8, 10)
+    assert Costs(F=2, I=3, W=5, B=7).of(pair) == 9
+    assert Costs(F=2, I=3, W=5, B=7, pair=8).of(pair) == 8
+
+
+def test_costs_are_read_from_text() -> None:
+    assert Costs.parse("F=1,I=1,W=1,pair=3,send=0") == UNIT
+    assert Costs.parse(" F = 1.5 , send=2e-1") == Costs(F=1.5, send=0.2)
+    assert Costs.parse("B=4") == Costs(B=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "'' is not NAME=NUMBER"),
+        ("F=1,", "'' is not NAME=NUMBER"),
+        ("F:1", "'F:1' is not NAME=NUMBER"),
+        ("f=1", "unknown 'f'; did you mean F"),
+        ("pairs=1", "unknown 'pairs'; did you mean pair"),
+        ("xyz=1", "unknown 'xyz'; Known: F, I, W, B, pair, send"),
+        ("F=1,F=2", "F is there twice"),
+        ("F=one", "F='one' is not a number"),
+        ("F=", "F='' is not a number"),
+        ("F=nan", "cost F=nan must be finite"),
+        ("send=inf", "cost send=inf must be finite"),
+        ("W=-1", r"cost W=-1\.0 must be finite and from 0 up"),
+        ("F=0", "cost F=0"),
+    ],
+)
+def test_bad_costs_are_refused_with_the_entry(text: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Costs.parse(text)
+
+
+@pytest.mark.parametrize("value", ["1", True, None, [1]])
+def test_costs_are_numbers(value: object) -> None:
+    with pytest.raises(ValueError, match="cost send=.* is not a number"):
+        Costs(send=value)  # type: ignore[arg-type]
+
+
+def test_building_and_simulating_deepseeks_own_size_is_quick() -> None:
+    before = time.process_time()
+    run("dualpipe", 16, 120)
+    assert time.process_time() - before < 0.2

@@ -1,0 +1,133 @@
+"""A pool of real processes that act as ranks: started once, many cases run in it.
+
+    def case(rank, world, scale):      # module-level, so that it can be sent by name
+        t = torch.ones(1); dist.all_reduce(t); return float(t) * scale
+
+    assert ranks.run(case, world=4, scale=2.0) == [8.0] * 4
+
+Each case gets a fresh gloo world of the size asked for. The processes are forked from a server that
+has torch imported already, so eight of them cost one import. A case that takes too long is ended,
+with its processes; the next case gets new ones.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+_PRELOAD = ["torch", "torch.distributed", "counterflow.parallel.chunk"]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class RankError(AssertionError):
+    """A rank raised; the message carries its traceback. `errors` maps rank -> exception text."""
+
+    def __init__(self, message: str, errors: dict[int, str]) -> None:
+        super().__init__(message)
+        self.errors = errors
+
+
+def _serve(connection: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        function, rank, world, port, timeout_s, kwargs = task
+        try:
+            torch.manual_seed(0)
+            dist.init_process_group(
+                "gloo",
+                init_method=f"tcp://127.0.0.1:{port}",
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=timeout_s),
+            )
+            try:
+                answer = (True, function(rank, world, **kwargs))
+            finally:
+                dist.destroy_process_group()
+        except BaseException as error:
+            answer = (False, f"{type(error).__name__}: {error}", traceback.format_exc())
+        try:
+            connection.send(answer)
+        except Exception as error:  # an answer that cannot be pickled
+            connection.send((False, repr(error), traceback.format_exc()))
+
+
+class RankPool:
+    """Processes that take cases. Use as a context manager; `close` ends them all."""
+
+    def __init__(self) -> None:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        self._context = mp.get_context("forkserver")
+        self._context.set_forkserver_preload(_PRELOAD)
+        self._members: list[tuple[Any, Connection]] = []
+
+    def run(
+        self, function: Callable[..., Any], *, world: int, timeout_s: float = 120.0, **kwargs: Any
+    ) -> list[Any]:
+        """Run `function(rank, world, **kwargs)` on `world` ranks; return their results by rank.
+
+        Raises:
+            RankError: a rank raised, died, or did not answer within `timeout_s`.
+        """
+        while len(self._members) < world:
+            here, there = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(there,), daemon=True)
+            process.start()
+            there.close()
+            self._members.append((process, here))
+        members = self._members[:world]
+        port = free_port()
+        for rank, (_, connection) in enumerate(members):
+            connection.send((function, rank, world, port, timeout_s, kwargs))
+        answers: dict[int, Any] = {}
+        waiting = {connection: rank for rank, (_, connection) in enumerate(members)}
+        while waiting:
+            ready = wait(list(waiting), timeout=timeout_s)
+            if not ready:
+                break
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                rank = waiting.pop(connection)
+                try:
+                    answers[rank] = connection.recv()
+                except EOFError:
+                    answers[rank] = (False, "the process died", "the process died")
+        failed = {r: a for r, a in answers.items() if not a[0]}
+        if failed or waiting:
+            self.close()  # processes in an unknown state are not used again
+            errors = {r: a[1] for r, a in failed.items()}
+            errors |= {r: f"no answer within {timeout_s} s" for r in waiting.values()}
+            text = "\n".join(f"rank {r}: {failed[r][2] if r in failed else e}" for r, e in errors.items())
+            raise RankError(text, errors)
+        return [answers[r][1] for r in range(world)]
+
+    def close(self) -> None:
+        for process, connection in self._members:
+            connection.close()
+            process.kill()
+            process.join(10)
+        self._members = []
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
