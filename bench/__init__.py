@@ -1,1 +1,1 @@
-"""Benchmarks: each module is one command, `python -m bench.NAME`, and writes bench/results/NAME.json."""
+"""Benchmarks, one command each: `python -m bench.NAME` writes bench/results/NAME.json."""

@@ -3,9 +3,10 @@
     python -m bench.pipeline [--ranks 4] [--microbatches 16] [--repeats 9]
 
 Every contender trains the same blocks on the same micro-batches, in the same processes, in turns:
-each round runs every contender once, so that whatever else the machine does hits all alike. A rank's
-step time is the slowest rank's; a ratio is the median over rounds of ours / theirs in the same round.
-Two blocks a rank: schedules with two stages a rank (DualPipeV) hold one block in a stage, the others two.
+each round runs every contender once, so that whatever else the machine does hits all alike. A
+rank's step time is the slowest rank's; a ratio is the median over rounds of ours / theirs in the
+same round. Two blocks a rank: schedules with two stages a rank (DualPipeV) hold one block in a
+stage, the others two.
 """
 
 from __future__ import annotations
@@ -137,7 +138,9 @@ def case(rank: int, world: int, **sizes: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--microbatches", type=int, default=16)
     parser.add_argument("--rows", type=int, default=256, help="rows of a micro-batch")
@@ -149,8 +152,12 @@ def main() -> None:
         result = pool.run(case, world=options.ranks, timeout_s=600, **sizes)[0]
     times: dict[str, list[float]] = result["times_s"]
     norms = list(result["gradient_norm_squared"].values())
-    assert max(norms) - min(norms) <= 1e-4 * max(norms), "the contenders computed different gradients"
-    print(f"{options.ranks} ranks, {options.microbatches} micro-batches, median of {options.repeats}")
+    assert max(norms) - min(norms) <= 1e-4 * max(norms), (
+        "the contenders computed different gradients"
+    )
+    print(
+        f"{options.ranks} ranks, {options.microbatches} micro-batches, median of {options.repeats}"
+    )
     for name, seconds in times.items():
         print(f"  {name:26} {statistics.median(seconds) * 1e3:8.1f} ms")
     ratios = {

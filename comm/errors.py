@@ -18,15 +18,17 @@ class CommError(RuntimeError):
         self.peers = tuple(peers)
 
 
-def backend_reason(error: RuntimeError, limit_s: float) -> str:
-    """One line of what a communication backend said, without its source locations.
+def backend_reason(error: RuntimeError, limit_s: float | None = None) -> str:
+    """One line of what a communication backend said, without its source locations and advice.
 
     Args:
         error: raised by torch.distributed.
         limit_s: the limit of the wait, seconds, named where it expired.
     """
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    text = text.split("] ", 1)[1] if text.startswith("[") and "] " in text else text
+    text = text.split("] ", 1)[1] if text.startswith("[/") and "] " in text else text
     if "timed out" in text.lower():
-        return f"no answer within {limit_s:g} s"
+        return (
+            "no answer within the limit" if limit_s is None else f"no answer within {limit_s:g} s"
+        )
     return text.split(". This is typically")[0]

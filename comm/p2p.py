@@ -1,19 +1,19 @@
 """Stage-to-stage transfers: ordered messages between two ranks, received ahead of their use.
 
-A *message* is a tuple of tensors (or None) of any shapes and dtypes. Each directed pair of ranks is a
-channel; its messages are received in the order in which they are sent, which both sides know from
+A *message* is a tuple of tensors (or None) of any shapes and dtypes. Each directed pair of ranks is
+a channel; its messages are received in the order in which they are sent, which both sides know from
 the schedule. Two things travel for each message: a small header (on the CPU) that says what the
 message is, and the tensors.
 
-Shapes may change at any time and yet tensors are received ahead: the receiver posts buffers for what
-the last message of that name looked like. Where a message turns out to differ, the sender, which
-knows what was posted, fills those buffers with zeros and sends the tensors themselves as *late* ones,
-for which buffers are posted when the header has been read. So a steady stream costs no round trip,
-and a change costs one wasted transfer. Late tensors keep an order of their own: by the time that one
-is posted, buffers for the messages after it have been.
+Shapes may change at any time and yet tensors are received ahead: the receiver posts buffers for
+what the last message of that name looked like. Where a message turns out to differ, the sender,
+which knows what was posted, fills those buffers with zeros and sends the tensors themselves as
+*late* ones, for which buffers are posted when the header has been read. So a steady stream costs no
+round trip, and a change costs one wasted transfer. Late tensors keep an order of their own: by the
+time that one is posted, buffers for the messages after it have been.
 
-Sends never block. A sent tensor is let go when a header from the peer acknowledges it, or at the end
-of the step where nothing comes back from the peer (evaluation with a one-way schedule).
+Sends never block. A sent tensor is let go when a header from the peer acknowledges it, or at the
+end of the step where nothing comes back from the peer (evaluation with a one-way schedule).
 """
 
 from __future__ import annotations
@@ -155,9 +155,9 @@ class _Posted:
 class ChannelGroups(NamedTuple):
     """Process groups of one directed channel: for headers and posted tensors, and for late ones.
 
-    For CPU tensors they may be one and the same, and shared by all channels: tags keep things apart.
-    CUDA tensors need separate ones for each channel, because NCCL knows no tags and runs a group's
-    operations in one order: a posted receive would hold up the sends behind it.
+    For CPU tensors they may be one and the same, and shared by all channels: tags keep things
+    apart. CUDA tensors need separate ones for each channel, because NCCL knows no tags and runs a
+    group's operations in one order: a posted receive would hold up the sends behind it.
     """
 
     ahead: dist.ProcessGroup
@@ -188,11 +188,9 @@ class Transport:
 
     Args:
         rank: this process's global rank.
-        groups: of each directed channel (source, destination) of global ranks that touches this rank.
-        device: where payloads live.
-        timeout_s: limit of each wait, seconds.
-        lookahead: messages received ahead on each channel, at least 1.
-        board: where waits are announced.
+        groups: of each directed channel (source, destination) of global ranks that touches this
+        rank. device: where payloads live. timeout_s: limit of each wait, seconds. lookahead:
+        messages received ahead on each channel, at least 1. board: where waits are announced.
     """
 
     def __init__(
@@ -227,7 +225,10 @@ class Transport:
         """Start a step: what will come from each source rank, in the order of its sending."""
         for source, messages in incoming.items():
             channel = self._incoming[source]
-            assert not channel.to_post and not channel.posted and not channel.arrived
+            if channel.to_post or channel.posted or channel.arrived:
+                raise RuntimeError(
+                    "an earlier step ended with an error and its messages are lost; make a new one"
+                )
             channel.to_post.extend(messages)
             while channel.to_post and len(channel.posted) < self._lookahead:
                 self._post(source, channel)
@@ -246,7 +247,9 @@ class Transport:
         ahead, late = tensors, []
         if expected != specs:
             late = tensors
-            ahead = [torch.zeros(s.shape, dtype=s.dtype, device=self._device) for s in expected if s]
+            ahead = [
+                torch.zeros(s.shape, dtype=s.dtype, device=self._device) for s in expected if s
+            ]
         groups = channel.groups
         try:
             works = [dist.isend(header, destination, groups.ahead, _HEADER_TAG)]
@@ -328,9 +331,7 @@ class Transport:
             None if s is None else torch.empty(s.shape, dtype=s.dtype, device=self._device)
             for s in specs
         )
-        works = [
-            self._irecv(b, source, group, tag, message) for b in buffers if b is not None
-        ]
+        works = [self._irecv(b, source, group, tag, message) for b in buffers if b is not None]
         return buffers, works
 
     def _irecv(

@@ -1,4 +1,5 @@
-"""counterflow: train DeepSeek-V3-style mixture-of-experts models, computation against communication.
+"""counterflow: train DeepSeek-V3-style mixture-of-experts models, computation against
+communication.
 
 Rooms: `parallel` (how the work is divided and ordered), `comm` (how bytes move), `model` (the
 architecture), `launch` (how a run starts, lives and ends). Importing this package imports none of

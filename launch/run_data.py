@@ -163,7 +163,7 @@ def makespan_ms(bars: Bars) -> float:
 def idle_share(bars: Bars) -> float:
     """Share of the ranks' time in which they neither compute nor communicate in a step."""
     busy = sum(bar.busy_ms for row in bars for bar in row)
-    return 1 - busy / (len(bars) * makespan_ms(bars))
+    return max(0.0, 1 - busy / (len(bars) * makespan_ms(bars)))  # 0, not -1e-16
 
 
 def read_timeline(data: dict[str, Any]) -> Timeline | None:
@@ -182,9 +182,11 @@ def read_timeline(data: dict[str, Any]) -> Timeline | None:
     )
     if not any(measured) or makespan_ms(measured) <= 0:
         return None
+    name = "a schedule that cannot be read"
     try:
         schedule = from_text(data["schedule"], "timeline.json")
-        bare = Timeline(schedule.name, measured, None, "")
+        name = schedule.name
+        bare = Timeline(name, measured, None, "")
         medians = {k: median(d) for k in KINDS if (d := bare.durations_ms(k))}
         missing = sorted(
             {Bar(step, 0, 0).kind for row in schedule.rows for step in row} - medians.keys()
@@ -193,9 +195,9 @@ def read_timeline(data: dict[str, Any]) -> Timeline | None:
             raise ValueError(f"no step of kind {', '.join(missing)} was measured")
         spans = simulate(schedule, Costs(**medians)).spans
     except ValueError as error:
-        return Timeline(data.get("name", "schedule"), measured, None, str(error).split("\n")[0])
+        return Timeline(name, measured, None, str(error).split("\n")[0])
     planned = tuple(tuple(Bar(s.step, s.start, s.end) for s in row) for row in spans)
-    return Timeline(schedule.name, measured, planned, "")
+    return Timeline(name, measured, planned, "")
 
 
 def read_loads(data: dict[str, Any]) -> tuple[Load, ...]:

@@ -98,10 +98,14 @@ def apply(default: T, given: Mapping[str, Given]) -> T:
             dataclass refuses.
     """
     known = [row.key for row in describe(default)]
+    values: dict[str, Given] = {}
     for key, item in given.items():
+        if item.value == {} and any(k.startswith(f"{key}.") for k in known):
+            continue  # the header of a section without keys
         if key not in known:
             raise ConfigError(f"{item.source}: {_unknown(key, item.value, known)}")
-    return _apply(type(default), default, given, "")
+        values[key] = item
+    return _apply(type(default), default, values, "")
 
 
 def describe(config: Any, prefix: str = "") -> list[Row]:
@@ -150,7 +154,7 @@ def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
     for name, value in table.items():
         if isinstance(value, dict) and value:
             yield from _flatten(value, f"{prefix}{name}.")
-        elif value != {} or not prefix:
+        else:
             yield prefix + name, value
 
 

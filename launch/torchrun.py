@@ -33,6 +33,7 @@ def start(arguments: Sequence[str], *, nproc: int, port: int) -> int:
         ConfigError: the port is in use or not allowed.
     """
     port = free_port(port)
+    from torch.distributed import DistNetworkError
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -54,6 +55,8 @@ def start(arguments: Sequence[str], *, nproc: int, port: int) -> int:
         return _report(rank, failure.exitcode)
     except SignalException as error:
         return 128 + error.sigval
+    except DistNetworkError as error:  # someone took the port after we looked
+        raise ConfigError(f"run.port={port} cannot be used: {str(error).splitlines()[0]}") from None
     finally:
         logging.disable(logging.NOTSET)
     return 0

@@ -1,8 +1,10 @@
-"""Says where a rank stood when a signal ends it, even while it waits inside the communication library.
+"""Says where a rank stood when a signal ends it, even while it waits inside the communication
+library.
 
-Python runs signal handlers between bytecodes of the main thread, so a rank that is blocked in a wait
-would be killed without a word. The interpreter also writes each signal's number to a file descriptor
-at once (signal.set_wakeup_fd); a thread here reads it, prints one line and ends the process.
+Python runs signal handlers between bytecodes of the main thread, so a rank that is blocked in a
+wait would be killed without a word. The interpreter also writes each signal's number to a file
+descriptor at once (signal.set_wakeup_fd); a thread here reads it, prints one line and ends the
+process.
 """
 
 from __future__ import annotations

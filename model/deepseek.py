@@ -22,7 +22,7 @@ from .layer import DecoderLayer
 from .linear import Embedding, Linear, RMSNorm
 from .moe import MoE
 from .mtp import PredictionLayer, cross_entropy, prediction_loss
-from .rope import RotaryTable
+from .rope import RotaryTable, Rotation
 from .stages import Part, needs_embedding
 
 
@@ -125,12 +125,27 @@ class DeepSeekV3(nn.Module):
         Raises:
             ValueError: x is not what this part takes.
         """
-        hidden_BLD = self._embed(self._checked_tokens(x, "x")) if self.part.embed else x
+        hidden_BLD = self.embed(self._checked_tokens(x, "x")) if self.part.embed else x
         self._check_hidden(hidden_BLD)
-        rotation = self._rotary.at(hidden_BLD.shape[1], hidden_BLD.device)
-        for index in self.part.layers:
-            hidden_BLD = self.model.layers[str(index)](hidden_BLD, rotation, chunk)
+        rotation = self.rotation(hidden_BLD.shape[1], hidden_BLD.device)
+        for layer in self.decoder_layers():
+            hidden_BLD = layer(hidden_BLD, rotation, chunk)
         return hidden_BLD
+
+    def embed(self, tokens_BL: Tensor) -> Tensor:
+        """The embedding of a part that has it (else ValueError): [B, L] int64 to [B, L, D]."""
+        if self.model.embed_tokens is None:
+            raise ValueError(f"the part with layers {self.part.layers} has no embedding")
+        return self.model.embed_tokens(tokens_BL)
+
+    def rotation(self, length: int, device: torch.device) -> Rotation:
+        """What `forward` hands to its layers for sequences of `length` tokens."""
+        return self._rotary.at(length, device)
+
+    def decoder_layers(self) -> list[DecoderLayer]:
+        """The layers that `forward` runs, in order; each one's phases can be run apart."""
+        layers = [self.model.layers[str(index)] for index in self.part.layers]
+        return [layer for layer in layers if isinstance(layer, DecoderLayer)]
 
     def logits(self, hidden_BLD: Tensor, chunk: Chunk | None = None) -> Tensor:
         """Final norm and head on what `forward` of the head's part returned: [B, L, V]."""
@@ -164,9 +179,9 @@ class DeepSeekV3(nn.Module):
                 layers,
                 normed_BLD,
                 targets_BL,
-                embed=self._embed,
+                embed=self.embed,
                 head=lambda x: self._head(x, queue),
-                rotation=self._rotary.at(targets_BL.shape[1], hidden_BLD.device),
+                rotation=self.rotation(targets_BL.shape[1], hidden_BLD.device),
                 chunk=chunk,
             )
             chunk.add_loss("mtp", self.mtp_loss_weight * further)
@@ -179,10 +194,6 @@ class DeepSeekV3(nn.Module):
     def moe_layers(self) -> dict[str, MoE]:
         """The layers with experts in this part, by their published name (model.layers.N.mlp)."""
         return {name: m for name, m in self.named_modules() if isinstance(m, MoE)}
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        assert self.model.embed_tokens is not None
-        return self.model.embed_tokens(tokens)
 
     def _normed(self, hidden_BLD: Tensor) -> Tensor:
         if self.model.norm is None:

@@ -114,7 +114,9 @@ def _add_weight_grad(into_EKD: Tensor, grad_NK: Tensor, rows_ND: Tensor, counts:
             into_EKD.index_add_(0, filled, product.index_select(0, filled))
         return
     for expert, rows in _slices(counts):
-        into_EKD[expert].addmm_(grad_NK[rows].t(), rows_ND[rows])
+        # As addmm(out=), not addmm_, which torch's FLOP counter does not know.
+        into = into_EKD[expert]
+        torch.addmm(into, grad_NK[rows].t(), rows_ND[rows], out=into)
 
 
 def _has_kernel(rows: Tensor, weight: Tensor) -> bool:

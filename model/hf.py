@@ -79,8 +79,6 @@ def save_hf(
     Raises:
         CheckpointError: the parts do not make up the whole model.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = _all_tensors(parts)
     config = parts[0].config
     missing = sorted(set(hf_shapes(config)) - set(tensors))
@@ -89,6 +87,8 @@ def save_hf(
             f"these parts are not the whole model: {_listed(missing)} missing; where other ranks "
             "have the rest, use write_shard on each and then write_index"
         )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     groups = _split(tensors, max_file_bytes)
     for number, names in enumerate(groups, start=1):
         file = SINGLE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
@@ -104,9 +104,10 @@ def write_shard(parts: Sequence[DeepSeekV3], folder: str | PathLike[str], label:
 
     Ranks that hold the same tensors need not all write; `label` is theirs alone.
     """
+    tensors = _all_tensors(parts)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(_all_tensors(parts), folder / f"model-{label}.safetensors")
+    _write(tensors, folder / f"model-{label}.safetensors")
 
 
 def write_index(folder: str | PathLike[str], config: ModelConfig) -> None:

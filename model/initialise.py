@@ -5,7 +5,7 @@ So any layout (stages, expert shards, replicas) starts from the very same model.
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +31,11 @@ def initialise(part: DeepSeekV3, *, std: float, seed: int) -> None:
         elif name.endswith("e_score_correction_bias"):
             tensor.zero_()
         else:
-            generator = torch.Generator().manual_seed(seed << 32 | zlib.crc32(name.encode()))
+            generator = torch.Generator().manual_seed(_seed(name, seed))
             values = torch.empty(tensor.shape, dtype=torch.float32)
             tensor.copy_(values.normal_(0, std, generator=generator))
+
+
+def _seed(name: str, seed: int) -> int:
+    """32 bits of name and seed; torch's CPU generator leaves any higher ones unused."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "little")

@@ -1,8 +1,8 @@
 """How the work is divided and ordered.
 
-`mesh` lays ranks out, `schedule` orders the work as data, `simulate` predicts it, `pipeline` executes
-it. May import `comm`; knows nothing of mixture-of-experts or of the model.
-The names below are imported on first use, so that `counterflow.parallel.schedule` needs no torch.
+`mesh` lays ranks out, `schedule` orders the work as data, `simulate` predicts it, `pipeline`
+executes it. May import `comm`; knows nothing of mixture-of-experts or of the model. The names below
+are imported on first use, so that `counterflow.parallel.schedule` needs no torch.
 """
 
 from typing import TYPE_CHECKING

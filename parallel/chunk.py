@@ -36,7 +36,7 @@ class WeightGradQueue:
             work()
 
     def run(self) -> None:
-        """Do all the deferred work, first in first out, releasing each piece's tensors as it ends."""
+        """Do the deferred work, first in first out, letting each piece's tensors go as it ends."""
         with torch.no_grad():
             while self._work:
                 self._work.popleft()()
@@ -70,5 +70,7 @@ class Chunk:
         the main loss, and reports it averaged over micro-batches.
         """
         if value.dim() != 0:
-            raise ValueError(f"add_loss({name!r}): a 0-dim tensor is needed, got {tuple(value.shape)}")
+            raise ValueError(
+                f"add_loss({name!r}): a 0-dim tensor is needed, got {tuple(value.shape)}"
+            )
         self.losses.append((name, value))

@@ -1,7 +1,7 @@
 """Linear layers whose weight gradient can wait: the I/W split at 1.0x the FLOPs of a full backward.
 
-`linear` is `torch.nn.functional.linear` with a `WeightGradQueue` handed in. `defer_linears` gives the
-same to a module that knows nothing of queues. Everything else in a backward (norms, attention,
+`linear` is `torch.nn.functional.linear` with a `WeightGradQueue` handed in. `defer_linears` gives
+the same to a module that knows nothing of queues. Everything else in a backward (norms, attention,
 activations) belongs to the input-gradient half; only matrix products with weights are deferred, as
 in zero-bubble schedules (arXiv 2401.10241, section 2). A custom autograd function takes part by
 taking a queue as `linear` does; one that does not runs its whole backward, once, in I.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from .chunk import WeightGradQueue
@@ -32,15 +32,18 @@ def accumulate_grad(parameter: Tensor, grad: Tensor) -> None:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, queue: WeightGradQueue
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, queue: WeightGradQueue
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        ctx.queue = queue  # pyright: ignore[reportAttributeAccessIssue]
+        ctx.queue = queue
         return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, None, None, None]:
+        (grad,) = grads
         x, weight, bias = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_x = grad @ weight if needs_x else None
@@ -64,7 +67,8 @@ def linear(
 
     Args:
         x: [..., K].
-        weight: [N, K]; a leaf. (The gradient of a weight that is itself computed cannot wait; such a
+        weight: [N, K]; a leaf. (The gradient of a weight that is itself computed cannot wait; such
+        a
             weight takes the ordinary path.)
         bias: [N] or None.
         queue: where the weight gradient goes; None means the ordinary path.
@@ -88,7 +92,7 @@ class defer_linears(TorchFunctionMode):  # noqa: N801  used as a context manager
     def __torch_function__(
         self,
         func: Callable[..., Any],
-        types: Sequence[type],  # noqa: ARG002
+        types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..comm.errors import CommError
+from ..comm.collectives import sum_over
+from ..comm.waiting import WaitBoard
 
 BUCKET_BYTES = 64 << 20  # large enough for full bandwidth, small beside the gradients themselves
 
@@ -20,6 +21,7 @@ def sum_gradients(
     *,
     scale: float = 1.0,
     bucket_bytes: int = BUCKET_BYTES,
+    board: WaitBoard | None = None,
 ) -> None:
     """Replace every `.grad` by its sum over `group`, times `scale`; the same bits on all its ranks.
 
@@ -28,6 +30,7 @@ def sum_gradients(
         group: None stands for this rank alone.
         scale: factor, applied after the sum.
         bucket_bytes: gradients travel together in messages of about this size.
+        board: where waits are announced.
 
     A gradient that is None on every rank stays None; where only some have one, the others count as
     zero.
@@ -37,26 +40,21 @@ def sum_gradients(
     """
     for bucket in _buckets(parameters, bucket_bytes):
         if group is not None:
-            _sum_bucket(bucket, group)
+            _sum_bucket(bucket, group, board)
         if scale != 1.0:
             for parameter in bucket:
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale)
 
 
-def _sum_bucket(bucket: Sequence[Parameter], group: dist.ProcessGroup) -> None:
+def _sum_bucket(
+    bucket: Sequence[Parameter], group: dist.ProcessGroup, board: WaitBoard | None
+) -> None:
     pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
     have = [float(p.grad is not None) for p in bucket]
     flags = torch.tensor(have, dtype=pieces[0].dtype, device=pieces[0].device)
     flat = torch.cat([*(piece.reshape(-1) for piece in pieces), flags])
-    try:
-        dist.all_reduce(flat, group=group)
-    except RuntimeError as error:
-        me = dist.get_rank()
-        others = tuple(r for r in dist.get_process_group_ranks(group) if r != me)
-        raise CommError(
-            f"rank {me}: summing gradients with ranks {list(others)}: {error}", peers=others
-        ) from error
+    sum_over(flat, group, "a sum of gradients", board=board)
     *sums, flags = flat.split([*(p.numel() for p in bucket), len(bucket)])
     for parameter, total, num_with_grad in zip(bucket, sums, _flags(flags, have), strict=True):
         if num_with_grad:

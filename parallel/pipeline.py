@@ -1,8 +1,8 @@
 """Executes any verified schedule over torch.distributed.
 
 A rank walks its row of the schedule. For each action it takes the chunk's input from the transport
-(or from a neighbouring stage on the same rank), runs it, and starts the transfer of what it made; the
-transport has posted the next receives already, so bytes move while the next action computes.
+(or from a neighbouring stage on the same rank), runs it, and starts the transfer of what it made;
+the transport has posted the next receives already, so bytes move while the next action computes.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..comm.collectives import sum_over
 from ..comm.errors import CommError
 from ..comm.p2p import ChannelGroups, Message, Payload, Transport
-from ..comm.waiting import name_ranks
 from .mesh import Mesh
 from .replicas import Replicas, Ties
 from .schedule import Action, Op, Schedule, actions, forward_only, verify
@@ -76,8 +76,9 @@ class Pipeline:
             change from stage to stage and from step to step.
         schedule: verified here.
         mesh: this rank's place; `schedule` has mesh.shape.pp ranks.
-        loss_fn: `loss_fn(output, ..., target, ...) -> 0-dim tensor`, needed where the last stage is.
-        tied: sets of (stage, parameter name) that are one parameter; its gradients are summed over
+        loss_fn: `loss_fn(output, ..., target, ...) -> 0-dim tensor`, needed where the last stage
+        is. tied: sets of (stage, parameter name) that are one parameter; its gradients are summed
+        over
             all ranks that hold it.
         loss_names: names of the auxiliary losses that stages add with `chunk.add_loss`.
         timeout_s: limit of every wait, seconds.
@@ -100,18 +101,17 @@ class Pipeline:
         lookahead: int = 2,
     ) -> None:
         verify(schedule)
-        self.schedule = schedule
         self.mesh = mesh
         self.modules = _by_stage(stages, schedule, mesh)
         self.loss_names = ("main", *loss_names)
-        self.report = StepReport()
+        self.report = self._last_step = StepReport()
         self.num_steps = 0
         self.position = "before the first action"
-        self._forward_only = forward_only(schedule)
         self._last = schedule.num_stages - 1
         if self._last in self.modules and loss_fn is None:
             raise ValueError(f"this rank holds the last stage, {self._last}: loss_fn is needed")
-        self._runners = _runners(self.modules, schedule, mesh.pp_rank, loss_fn)
+        self._loss_fn = loss_fn
+        self._set_schedule(schedule)
         self._device = _device_of(self.modules.values())
         self.replicas = Replicas(self.modules, schedule.placement, mesh, tied, timeout_s=timeout_s)
         groups = _channel_groups(schedule, mesh, self._device, timeout_s)
@@ -124,6 +124,25 @@ class Pipeline:
             board=mesh.waits,
         )
         self._arrived_locally: dict[Message, Payload] = {}
+
+    def use(self, schedule: Schedule) -> None:
+        """Run another schedule from now on, such as one with more micro-batches.
+
+        Raises:
+            ValueError: the schedule is wrong, or it places stages in another way than the first.
+        """
+        if set(schedule.placement.routes) != set(self.schedule.placement.routes):
+            raise ValueError(
+                f"schedule {schedule.name} places stages along {schedule.placement.routes}, the "
+                f"pipeline was made for {self.schedule.placement.routes}; make another Pipeline"
+            )
+        verify(schedule)
+        self._set_schedule(schedule)
+
+    def _set_schedule(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self._forward_only = forward_only(schedule)
+        self._runners = _runners(self.modules, schedule, self.mesh.pp_rank, self._loss_fn)
 
     def step(self, batch: Any = None, targets: Any = None) -> Tensor:
         """Forward and backward of one batch; gradients are added to the parameters' `.grad`.
@@ -144,9 +163,14 @@ class Pipeline:
         """
         earlier = self.replicas.set_aside()
         losses = self._run(self.schedule, batch, targets, training=True)
-        with self._at("sum of the gradients of replicas"):
+        self._last_step = self.report
+        with self.at("sum of the gradients of replicas"):
             self.replicas.sum(earlier)
         return self._finish(losses)
+
+    def last_step_spans(self) -> list[Span]:
+        """When each step of this rank's row ran in the last training step, in order."""
+        return self._last_step.spans()
 
     def evaluate(self, batch: Any = None, targets: Any = None) -> Tensor:
         """The loss of one batch, forward only and without gradients; as `step` otherwise."""
@@ -160,16 +184,16 @@ class Pipeline:
         self.report = StepReport(stopwatch=run.stopwatch)
         peers = self.mesh.shape.pp_peers(self.mesh.rank)
         try:
-            with self._at("start"):
+            with self.at("start"):
                 incoming = receives(schedule, self.mesh.pp_rank)
                 self._transport.begin({peers[r]: messages for r, messages in incoming.items()})
             for step in schedule.rows[self.mesh.pp_rank]:
-                with self._at(f"action {step}"):
+                with self.at(f"action {step}"):
                     run.stopwatch.begin_step(step)
                     for action in actions(step):
                         run.act(action)
                     run.stopwatch.end_step()
-            with self._at("end of the schedule"):
+            with self.at("end of the schedule"):
                 self._transport.flush()
         finally:
             self._arrived_locally.clear()
@@ -178,15 +202,8 @@ class Pipeline:
         return run.losses
 
     def _finish(self, losses: Tensor) -> Tensor:
-        with self._at("sum of the losses"):
-            if self.mesh.pp_group is not None:
-                try:
-                    dist.all_reduce(losses, group=self.mesh.pp_group)
-                except RuntimeError as error:
-                    peers = self.mesh.shape.pp_peers(self.mesh.rank)
-                    others = tuple(r for r in peers if r != self.mesh.rank)
-                    text = f"(peers: {name_ranks(others)}): {error}"
-                    raise CommError(text, peers=others) from error
+        with self.at("sum of the losses"):
+            sum_over(losses, self.mesh.pp_group, "the losses", board=self.mesh.waits)
         means = losses.mean(1)
         self.report.losses = dict(zip(self.loss_names, means.tolist(), strict=True))
         self.num_steps += 1
@@ -211,7 +228,7 @@ class Pipeline:
         return list(zip(*(tensor.chunk(num) for tensor in tensors), strict=True))
 
     @contextmanager
-    def _at(self, position: str) -> Iterator[None]:
+    def at(self, position: str) -> Iterator[None]:
         """Errors within are told where they happened."""
         self.position = position
         try:
@@ -243,9 +260,7 @@ class _Run:
         num = pipeline.schedule.num_microbatches
         self._loss_scale = 1.0 / num
         device = pipeline._device
-        self.losses = torch.zeros(
-            len(pipeline.loss_names), num, dtype=torch.float64, device=device
-        )
+        self.losses = torch.zeros(len(pipeline.loss_names), num, dtype=torch.float64, device=device)
         self.stopwatch = Stopwatch(device)
 
     def act(self, action: Action) -> None:
@@ -322,7 +337,8 @@ def _by_stage(
         stages = dict(zip(held, stages, strict=True))
     if set(stages) != set(held):
         raise ValueError(
-            f"pipeline rank {mesh.pp_rank} holds stages {list(held)}, got modules for {sorted(stages)}"
+            f"pipeline rank {mesh.pp_rank} holds stages {list(held)}, got modules for "
+            f"{sorted(stages)}"
         )
     return {stage: stages[stage] for stage in held}
 
@@ -373,5 +389,5 @@ def _channel_groups(
 def _group_of(ends: tuple[int, int], timeout_s: float) -> dist.ProcessGroup:
     limit = timedelta(seconds=timeout_s)
     group = dist.new_group(sorted(ends), timeout=limit, use_local_synchronization=True)
-    assert group is not None
+    assert isinstance(group, dist.ProcessGroup)  # this rank is one of the two
     return group

@@ -1,8 +1,8 @@
 """Sums the gradients of parameters that several ranks of one pipeline hold.
 
 There are two reasons for a second copy: a stage that stands on two ranks (bidirectional DualPipe),
-and a parameter that two stages share (the embedding, which multi-token prediction needs again beside
-the head). Both are one thing here: a set of ranks that hold the same parameter.
+and a parameter that two stages share (the embedding, which multi-token prediction needs again
+beside the head). Both are one thing here: a set of ranks that hold the same parameter.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Replicas:
         *,
         timeout_s: float = 300.0,
     ) -> None:
+        self._board = mesh.waits
         self.by_ranks: dict[tuple[int, ...], dict[Place, Parameter]] = {}
         named = {s: dict(m.named_parameters(remove_duplicate=False)) for s, m in stages.items()}
         _check_ties(named, placement, tied)
@@ -68,14 +69,15 @@ class Replicas:
                     known = self.by_ranks.setdefault(ranks, {}).setdefault(place, parameter)
                     _require_same(known, parameter, place, (stage, name))
         peers = mesh.shape.pp_peers(mesh.rank)
-        self._groups = {
-            ranks: dist.new_group(
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        for ranks in sorted(self.by_ranks):
+            group = dist.new_group(
                 [peers[p] for p in ranks],
                 timeout=timedelta(seconds=timeout_s),
                 use_local_synchronization=True,  # only the holders take part
             )
-            for ranks in sorted(self.by_ranks)
-        }
+            assert isinstance(group, dist.ProcessGroup)  # this rank is one of them
+            self._groups[ranks] = group
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -96,7 +98,7 @@ class Replicas:
         count as zero. The result is the same on all holders, bit for bit.
         """
         for ranks in sorted(self.by_ranks):
-            sum_gradients(self._ordered(ranks), self._groups[ranks])
+            sum_gradients(self._ordered(ranks), self._groups[ranks], board=self._board)
         for parameter, before in zip(self.parameters, earlier, strict=True):
             if before is not None:
                 parameter.grad = before if parameter.grad is None else parameter.grad.add_(before)

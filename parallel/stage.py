@@ -1,4 +1,4 @@
-"""Runs the chunks of one stage: forward, backward, and the two halves of a backward, with no communication."""
+"""Runs the chunks of one stage: forward, backward or its halves; no communication here."""
 
 from __future__ import annotations
 

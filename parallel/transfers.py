@@ -34,7 +34,9 @@ def receives(schedule: Schedule, rank: int) -> dict[int, list[Message]]:
     """What comes to `rank` from each source rank, in the order of its sending."""
     result: dict[int, list[Message]] = {}
     for source in range(schedule.num_ranks):
-        messages = [message for destination, message in sends(schedule, source) if destination == rank]
+        messages = [
+            message for destination, message in sends(schedule, source) if destination == rank
+        ]
         if messages and source != rank:
             result[source] = messages
     return result

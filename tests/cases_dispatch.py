@@ -11,9 +11,10 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from counterflow.comm import Dispatcher, dispatcher
 from counterflow.parallel.mesh import Mesh, MeshShape
-from torch import Tensor
 
 E, K, D = 8, 3, 5
 

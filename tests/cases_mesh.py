@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+
 from counterflow.parallel.mesh import Mesh, MeshShape
 
 GROUPS = ("pp", "dp", "ep", "edp")

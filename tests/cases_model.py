@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from counterflow.comm.dispatch import dispatcher
 from counterflow.model import DeepSeekV3, ModelConfig, Yarn, hf_grads, load_hf, write_shard
 from counterflow.parallel.chunk import Chunk
 from counterflow.parallel.mesh import Mesh, MeshShape
-from torch import Tensor
 
 SMALL = ModelConfig(
     vocab_size=61,
@@ -23,7 +24,7 @@ SMALL = ModelConfig(
     q_lora_rank=24,
     kv_lora_rank=16,
     qk_nope_head_dim=8,
-    qk_rope_head_dim=4,
+    qk_rope_head_dim=8,
     v_head_dim=12,
     n_routed_experts=16,
     n_shared_experts=1,
@@ -31,11 +32,11 @@ SMALL = ModelConfig(
     n_group=4,
     topk_group=2,
     initializer_range=0.2,  # large, so that no part of the model is lost in rounding
-    max_position_embeddings=64,
+    max_position_embeddings=256,
     num_nextn_predict_layers=0,
     aux_loss_alpha=0.01,
 )
-YARN = Yarn(factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0)
+YARN = Yarn(factor=4.0, original_max_position_embeddings=64, mscale=1.0, mscale_all_dim=1.0)
 V2 = replace(
     SMALL,
     scoring_func="softmax",
@@ -66,10 +67,19 @@ def total_loss(model: DeepSeekV3, tokens: Tensor, targets: Tensor, chunk: Chunk)
     return loss + sum(value for _, value in chunk.losses)
 
 
+def grads_by_name(model: DeepSeekV3) -> dict[str, Tensor]:
+    """Gradients by Hugging Face name; there must be one of every parameter."""
+    grads: dict[str, Tensor] = {}
+    for name, grad in hf_grads(model):
+        assert grad is not None, name
+        grads[name] = grad
+    return grads
+
+
 def grads_of(model: DeepSeekV3, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Gradients by Hugging Face name after one full backward."""
     total_loss(model, tokens, targets, Chunk()).backward()
-    return {name: grad for name, grad in hf_grads(model) if grad is not None}
+    return grads_by_name(model)
 
 
 def expert_parallel_grads(

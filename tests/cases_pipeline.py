@@ -73,7 +73,9 @@ def reference(
         loss = loss_fn(x, y) / microbatches
         loss.backward()
         total += float(loss.detach())
-    return total, [{n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in modules]
+    return total, [
+        {n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in modules
+    ]
 
 
 def worst_error(pipeline: Pipeline, expected: list[dict[str, Tensor]]) -> float:
@@ -121,7 +123,7 @@ def agrees(
 
 
 class Mixed(nn.Module):
-    """Several outputs: one with a gradient, one of integers, one that nobody uses, sizes that vary."""
+    """Several outputs, of sizes that vary: one with a gradient, one of integers, one unused."""
 
     def __init__(self, stage: int, last: int) -> None:
         super().__init__()
@@ -144,7 +146,9 @@ def mixed_payloads(rank: int, world: int, schedule: str) -> float:
     mesh, last = mesh_of(world), plan.num_stages - 1
     modules = [Mixed(s, last) for s in range(last + 1)]
     mine = {s: modules[s] for s in plan.placement.stages(rank)}
-    pipeline = Pipeline(mine, plan, mesh, lambda y, t: (y - t[: len(y)]).square().mean(), timeout_s=60)
+    pipeline = Pipeline(
+        mine, plan, mesh, lambda y, t: (y - t[: len(y)]).square().mean(), timeout_s=60
+    )
     num = plan.num_microbatches
     worst = 0.0
     for rows in (6, 9, 6):
@@ -164,7 +168,9 @@ def mixed_payloads(rank: int, world: int, schedule: str) -> float:
             loss.backward()
             expected += float(loss.detach())
         for module in modules:
-            want.append({n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None})
+            want.append(
+                {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+            )
             module.zero_grad()
         got = pipeline.step((batch, index), batch)
         worst = max(worst, abs(float(got) - expected), worst_error(pipeline, want))
@@ -211,13 +217,18 @@ class Counted(nn.Module):
         self.alive[0] -= 1
 
 
-def live_activations(rank: int, world: int, schedule: str, microbatches: int) -> tuple[int, int, int]:
+def live_activations(
+    rank: int, world: int, schedule: str, microbatches: int
+) -> tuple[int, int, int]:
     """(peak chunks as reported, peak activations really alive, alive after the step)."""
     plan = build(schedule, ranks=world, microbatches=microbatches)
     alive, seen = [0], [0]
     mine = plan.placement.stages(rank)
     pipeline = Pipeline(
-        [Counted(alive, seen) for _ in mine], plan, mesh_of(world), lambda y, t: (y - t).square().mean()
+        [Counted(alive, seen) for _ in mine],
+        plan,
+        mesh_of(world),
+        lambda y, t: (y - t).square().mean(),
     )
     batch = torch.randn(microbatches, 8)
     pipeline.step(batch, batch)
@@ -252,7 +263,9 @@ def tied_parameters(rank: int, world: int, schedule: str) -> float:
     mine = {s: stage(s, mine_table) for s in plan.placement.stages(rank)}
     tied = [[(0, "table"), (last, "table")]]
     loss = F.cross_entropy
-    pipeline = Pipeline(mine, plan, mesh_of(world), lambda y, t: loss(y, t), tied=tied, timeout_s=60)
+    pipeline = Pipeline(
+        mine, plan, mesh_of(world), lambda y, t: loss(y, t), tied=tied, timeout_s=60
+    )
     torch.manual_seed(10)
     tokens = torch.randint(0, 11, (plan.num_microbatches * 3,))
     targets = torch.randint(0, 11, (plan.num_microbatches * 3,))
@@ -307,8 +320,9 @@ def aux_losses(rank: int, world: int, name: str) -> Any:
     )
     batch = torch.ones(4, 2, dtype=torch.float64)
     loss = pipeline.step(batch, batch * 0)
-    grad = pipeline.modules[rank].weight.grad
-    return float(loss), pipeline.report.losses, float(grad) if grad is not None else None
+    (weight,) = pipeline.modules[rank].parameters()
+    assert weight.grad is not None
+    return float(loss), pipeline.report.losses, float(weight.grad)
 
 
 def returns(rank: int, world: int, what: str) -> None:

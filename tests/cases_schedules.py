@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from hypothesis import strategies as st
+
 from counterflow.parallel.schedule import (
     Action,
     Op,
@@ -15,7 +17,6 @@ from counterflow.parallel.schedule import (
     actions,
     build,
 )
-from hypothesis import strategies as st
 
 
 def built_schedules(max_ranks: int) -> Iterator[Schedule]:

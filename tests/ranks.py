@@ -114,8 +114,10 @@ class RankPool:
         if failed or waiting:
             self.close()  # processes in an unknown state are not used again
             errors = {r: a[1] for r, a in failed.items()}
-            errors |= {r: f"no answer within {timeout_s} s" for r in waiting.values()}
-            text = "\n".join(f"rank {r}: {failed[r][2] if r in failed else e}" for r, e in errors.items())
+            errors |= dict.fromkeys(waiting.values(), f"no answer within {timeout_s} s")
+            text = "\n".join(
+                f"rank {r}: {failed[r][2] if r in failed else e}" for r, e in errors.items()
+            )
             raise RankError(text, errors)
         return [answers[r][1] for r in range(world)]
 

@@ -95,8 +95,8 @@ def eight_steps(
     # 3: its first backwards, split, so that the gradient goes on before the weights are done.
     for _ in range(to_middle):
         row += [inputs(1), deferred.popleft(), forward(1)]
-    # 4: the main part, all pairs. The middle ranks leave the first one apart: each waits there for
-    # the other's last forward, and the other should not wait for a whole pair.
+    # 4: the main part, all pairs. The middle ranks leave the first one apart, as the published code
+    # does to make the bubble smaller; whether it does depends on the costs (see `simulate`).
     for i in range(microbatches - 2 * half + near + 1):
         if i == 0 and to_middle == 0:
             row += [forward(0), backward(1)]

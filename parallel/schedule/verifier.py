@@ -199,9 +199,9 @@ def _fail_missing(schedule: Schedule, action: Action, more: str) -> NoReturn:
     """Report an action that is nowhere, at the first place in its row where it could stand."""
     rank = schedule.placement.rank(action.stage, action.microbatch)
     row = list(enumerate(schedule.rows[rank]))
-    before = [i for i, s in row if any(_comes_before(schedule, a, action) for a in actions(s))]
+    before = [i for i, s in row if any(_comes_before(a, action) for a in actions(s))]
     index = before[-1] + 1 if before else 0
-    after = [i for i, s in row if any(_comes_before(schedule, action, a) for a in actions(s))]
+    after = [i for i, s in row if any(_comes_before(action, a) for a in actions(s))]
     bounds = [f"after {schedule.rows[rank][i]} at step {i}" for i in before[-1:]]
     bounds += [f"before {schedule.rows[rank][i]} at step {i}" for i in after[:1] if i >= index]
     place = f"; it belongs {' and '.join(bounds)}" if bounds else ""
@@ -211,22 +211,16 @@ def _fail_missing(schedule: Schedule, action: Action, more: str) -> NoReturn:
     _raise(schedule, rows, position, action, f"is missing{more}{place}", [position])
 
 
-def _comes_before(schedule: Schedule, one: Action, other: Action) -> bool:
-    """Whether, on a stage of one rank, `one` usually stands before `other`.
+def _comes_before(one: Action, other: Action) -> bool:
+    """Whether `one` stands before `other` in the row of a rank that does both in the usual order.
 
-    The actions of one micro-batch go F, B or I, W; one kind of action goes by micro-batch, within
-    those that take one route.
+    The actions of one micro-batch go F, B or I, W; one kind of action goes by micro-batch.
     """
     if one.stage != other.stage:
         return False
     if one.microbatch == other.microbatch:
         return _KIND[one.op] < _KIND[other.op]
-    route_of = schedule.placement.route_of
-    return (
-        _KIND[one.op] == _KIND[other.op]
-        and one.microbatch < other.microbatch
-        and route_of[one.microbatch] == route_of[other.microbatch]
-    )
+    return _KIND[one.op] == _KIND[other.op] and one.microbatch < other.microbatch
 
 
 def _fail(

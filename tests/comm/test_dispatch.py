@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from counterflow.comm import CommError, Dispatcher, dispatcher
 from counterflow.parallel.mesh import Mesh, MeshShape
-
 from tests import cases_dispatch as cases
 from tests.ranks import RankError, RankPool
 
@@ -147,6 +147,15 @@ def test_wrong_inputs_are_refused_with_the_reason(
     }
     with pytest.raises(ValueError, match=reason):
         alone().dispatch(given["x"], given["experts"], given["weights"])
+
+
+def test_an_index_out_of_range_that_was_not_looked_for_shows_in_the_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    d = alone()
+    monkeypatch.setattr(type(d), "_check_experts", lambda *_: None)
+    with pytest.raises(ValueError, match="experts out of range, but this dispatcher has 8"):
+        d.start_preprocess(torch.tensor([[0, E]])).finish()
 
 
 def test_combine_refuses_rows_that_were_not_dispatched() -> None:

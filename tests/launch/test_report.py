@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from counterflow.launch.palette import DARK, LIGHT
 from counterflow.launch.report import to_html, write_report
 from counterflow.launch.run_data import RunData, idle_share, makespan_ms, read_run
@@ -212,6 +213,14 @@ def test_without_a_plan_the_measured_step_is_still_shown(folder: Path) -> None:
     assert "The plan cannot be shown: no step of kind W was measured" in text
     assert "measured:" in text
     assert "planned:" not in text
+
+
+def test_a_schedule_that_cannot_be_read_does_not_hide_the_measured_step(folder: Path) -> None:
+    write(folder / "timeline.json", {**measured_timeline(), "schedule": "rank 0: 0F0"})
+    timeline = read_run(folder).timeline
+    assert timeline is not None
+    assert timeline.planned is None
+    assert "timeline.json" in timeline.why_no_plan
 
 
 def test_load_is_by_layer_with_its_max_vio(folder: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from counterflow.model import (
     ModelConfig,
     Yarn,
@@ -17,7 +18,6 @@ from counterflow.model import (
     num_parameters,
 )
 from counterflow.model.counts import attention_parameters, mtp_parameters
-
 from tests.cases_model import SMALL, V2, YARN
 
 PUBLISHED = Path(__file__).parent / "data"

@@ -7,11 +7,11 @@ import sys
 from typing import Any
 
 import pytest
-from counterflow.parallel import Mesh, MeshShape
-from counterflow.parallel.mesh import node_of_process
 from hypothesis import given
 from hypothesis import strategies as st
 
+from counterflow.parallel import Mesh, MeshShape
+from counterflow.parallel.mesh import node_of_process
 from tests import cases_mesh as cases
 from tests.ranks import RankPool
 

@@ -1,4 +1,4 @@
-"""The executor: any schedule gives the gradients of one process, frees what is dead, and never hangs."""
+"""The executor: gradients as of one process, dead tensors freed, and never a hang."""
 
 from __future__ import annotations
 
@@ -100,7 +100,8 @@ def test_a_split_backward_costs_the_flops_of_a_full_one(
 
 
 def test_auxiliary_losses_are_added_on_every_stage(ranks: RankPool) -> None:
-    # Two stages add 3 w with w = 1; the main loss is the mean of x w w, whose derivative by either w is 1.
+    # Two stages add 3 w with w = 1; the main loss is the mean of x w w, whose derivative by either
+    # w is 1.
     for loss, losses, grad in ranks.run(cases.aux_losses, world=2, name="extra"):
         assert (loss, losses, grad) == (7.0, {"main": 1.0, "extra": 6.0}, 4.0)
 

@@ -5,6 +5,7 @@ import sys
 from itertools import product
 
 import pytest
+
 from counterflow.parallel.schedule import (
     Action,
     Op,
@@ -20,7 +21,6 @@ from counterflow.parallel.schedule import (
     parse_step,
     verify,
 )
-
 from tests.cases_schedules import all_actions, built_schedules
 
 F, B, I, W = Op.F, Op.B, Op.I, Op.W  # noqa: E741
@@ -81,6 +81,15 @@ def test_actions_need_their_stage_before_their_own_forward_and_their_input_half(
         assert dependencies(Action(1, op, 5), 3) == ((Action(1, F, 5),), gradient)
         assert dependencies(Action(2, op, 5), 3) == ((Action(2, F, 5),),)
     assert dependencies(Action(1, W, 5), 3) == ((Action(1, I, 5),),)
+
+
+def test_a_schedule_needs_whichever_backward_of_the_next_stage_it_holds() -> None:
+    placement = Placement(((0, 1),), (0,))
+    own, needy = Action(0, F, 0), Action(0, B, 0)
+    for held, needed in (((I, W), I), ((B,), B), ((), B)):
+        row = tuple(Action(1, op, 0) for op in (F, *held))
+        schedule = Schedule("x", placement, ((own, needy), row))
+        assert schedule.needs[needy] == (own, Action(1, needed, 0))
 
 
 def test_a_placement_knows_ranks_stages_and_replicas() -> None:

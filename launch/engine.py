@@ -1,0 +1,229 @@
+"""One rank's share of a training run without its data and files: model, pipeline, gradients,
+update.
+
+A step is: the pipeline's forward and backward (which sums replicas over pp), the mean of gradients
+over data-parallel ranks, one norm over all parameters, the optimizer's update, and the routers'
+biases from the load of the whole global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..comm.collectives import sum_over
+from ..comm.dispatch import dispatcher
+from ..model import ModelConfig, build_parts, partition, shared_parameters, updated_bias
+from ..model.experts import Experts
+from ..model.router import Router
+from ..parallel.gradients import sum_gradients
+from ..parallel.mesh import Mesh
+from ..parallel.pipeline import Pipeline
+from ..parallel.replicas import holders
+from ..parallel.schedule import Schedule
+from .optim import Optimizer, clip_by_global_norm
+
+LOSS_NAMES = ("mtp", "balance")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave, the same on every rank.
+
+    Attributes:
+        losses: "main", "mtp" and "balance", mean over the global batch; the first in nats per
+        token. grad_norm: of all parameters, before clipping. loads: tokens that each routed expert
+        got in this step, by name of the layer's router.
+    """
+
+    losses: dict[str, float]
+    grad_norm: float
+    loads: dict[str, list[int]]
+
+    @property
+    def loss(self) -> float:
+        """What was minimised."""
+        return sum(self.losses.values())
+
+    @property
+    def max_vio(self) -> float:
+        """Mean over layers of (highest load - mean load) / mean load; 0 is perfect balance."""
+        found = [max(load) * len(load) / sum(load) - 1 for load in self.loads.values() if sum(load)]
+        return sum(found) / len(found) if found else 0.0
+
+
+class Engine:
+    """Trains a model over a mesh.
+
+    Args:
+        config: the model.
+        mesh: this rank's place; its process groups are made.
+        schedule: the pipeline's order; stages are a balanced cut of the model.
+        dtype: of parameters and activations.
+        device: where this rank computes.
+        betas, eps, weight_decay: of AdamW.
+        timeout_s: limit of every wait, seconds.
+
+    Attributes:
+        parts: the model's parts on this rank, by stage.
+        parameters: this rank's parameters by name; a name is one parameter on every rank.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        schedule: Schedule,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        timeout_s: float = 300.0,
+    ) -> None:
+        self.mesh = mesh
+        self.config = config
+        held = schedule.placement.stages(mesh.pp_rank)
+        cut = partition(config, schedule.num_stages)
+        experts = dispatcher("flat", mesh, num_experts=config.n_routed_experts, timeout_s=timeout_s)
+        built = build_parts(config, [cut[s] for s in held], experts, dtype=dtype, device=device)
+        self.parts = dict(zip(held, built, strict=True))
+        last = self.parts.get(schedule.num_stages - 1)
+        self.tied = shared_parameters(config, schedule.num_stages)
+        self.pipeline = Pipeline(
+            self.parts,
+            schedule,
+            mesh,
+            None if last is None else last.loss,
+            tied=self.tied,
+            loss_names=LOSS_NAMES,
+            timeout_s=timeout_s,
+        )
+        self.parameters: dict[str, Parameter] = {
+            name: p for part in built for name, p in part.named_parameters()
+        }
+        self._experts = {
+            id(p)
+            for part in built
+            for module in part.modules()
+            if isinstance(module, Experts)
+            for p in module.parameters()
+        }
+        self._owned = self._owned_names()
+        self._routers = {
+            name: module
+            for part in built
+            for name, module in part.named_modules()
+            if isinstance(module, Router)
+        }
+        self._router_rows = _router_rows(config)
+        self._device = device or torch.device("cpu")
+        self.optimizer = Optimizer(
+            self.parameters.items(), betas=betas, eps=eps, weight_decay=weight_decay
+        )
+
+    def step(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        lr: float,
+        max_norm: float = 1.0,
+        mtp_weight: float = 0.3,
+        bias_update_speed: float = 1e-3,
+    ) -> StepResult:
+        """One optimizer step.
+
+        Args:
+            inputs, targets: this data-parallel rank's sequences, [N, L] int64.
+            lr: learning rate of the update.
+            max_norm: limit of the gradient norm, 0 for none.
+            mtp_weight: lambda of multi-token prediction.
+            bias_update_speed: gamma of the routers' biases.
+
+        Raises:
+            CommError: a peer is gone or a wait took too long; PipelineError tells where.
+            ValueError: the gradient norm is not finite; nothing has been updated then.
+        """
+        for part in self.parts.values():
+            part.mtp_loss_weight = mtp_weight
+        self.optimizer.zero_grad()
+        self.gradients(inputs, targets)
+        with self.pipeline.at("sums over the whole mesh"):
+            norm = clip_by_global_norm(self.parameters.items(), self._owned, max_norm)
+            losses = self._mean_over_dp(self.pipeline.report.losses)
+            if not norm < float("inf"):
+                raise ValueError(
+                    f"the gradient norm is {norm} with a loss of {losses['main']:g}; training "
+                    "cannot go on: lower train.lr, or lengthen train.warmup_steps"
+                )
+            self.optimizer.step(lr)
+            return StepResult(losses, norm, self._balance(bias_update_speed))
+
+    def gradients(self, inputs: Tensor, targets: Tensor) -> None:
+        """Forward and backward: `.grad` becomes the gradient of the global batch's mean loss."""
+        self.pipeline.step(inputs, targets)
+        # Experts have seen the tokens of all ranks of their group, so theirs are sums over ep
+        # already.
+        scale = 1.0 / self.mesh.shape.dp
+        dense = [p for p in self.parameters.values() if id(p) not in self._experts]
+        routed = [p for p in self.parameters.values() if id(p) in self._experts]
+        with self.pipeline.at("mean of the gradients over data-parallel ranks"):
+            sum_gradients(dense, self.mesh.dp_group, scale=scale, board=self.mesh.waits)
+            sum_gradients(routed, self.mesh.edp_group, scale=scale, board=self.mesh.waits)
+
+    def evaluate(self, inputs: Tensor, targets: Tensor) -> float:
+        """Mean cross-entropy of the next token over the global batch, nats."""
+        self.pipeline.evaluate(inputs, targets)
+        with self.pipeline.at("mean of the losses over data-parallel ranks"):
+            return self._mean_over_dp(self.pipeline.report.losses)["main"]
+
+    def _owned_names(self) -> set[str]:
+        """Names of which this rank has the first copy, so that each counts once in the norm."""
+        owned: set[str] = set()
+        placement, shape = self.pipeline.schedule.placement, self.mesh.shape
+        for stage, part in self.parts.items():
+            for name, parameter in part.named_parameters():
+                ranks, _ = holders(placement, self.tied, (stage, name))
+                copies = shape.ep if id(parameter) in self._experts else 1
+                if ranks[0] == self.mesh.pp_rank and self.mesh.dp_rank < copies:
+                    owned.add(name)
+        return owned
+
+    def _mean_over_dp(self, losses: Mapping[str, float]) -> dict[str, float]:
+        values = torch.tensor(list(losses.values()), dtype=torch.float64, device=self._device)
+        sum_over(values, self.mesh.dp_group, "the losses", board=self.mesh.waits)
+        return dict(zip(losses, (values / self.mesh.shape.dp).tolist(), strict=True))
+
+    def _balance(self, speed: float) -> dict[str, list[int]]:
+        """Update the biases of all routers by the whole batch's load; returns that load."""
+        if not self._router_rows:
+            return {}
+        shape = len(self._router_rows), self.config.n_routed_experts
+        loads = torch.zeros(shape, dtype=torch.int64, device=self._device)
+        for name, router in self._routers.items():
+            loads[self._router_rows[name]] = router.load_E
+            router.load_E.zero_()
+        # The world holds every token of a layer once: replicas of a stage see different
+        # micro-batches.
+        world = dist.group.WORLD if dist.is_initialized() else None
+        sum_over(loads, world, "the experts' loads", board=self.mesh.waits)
+        for name, router in self._routers.items():
+            if router.has_bias and speed:
+                load = loads[self._router_rows[name]]
+                bias = updated_bias(router.e_score_correction_bias, load, speed)
+                router.e_score_correction_bias.copy_(bias)
+        return dict(zip(self._router_rows, loads.tolist(), strict=True))
+
+
+def _router_rows(config: ModelConfig) -> dict[str, int]:
+    """A row for every router of the model, by its name; further predictions come last."""
+    layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
+    names = [f"model.layers.{i}.mlp.gate" for i in layers if config.is_moe(i)]
+    return {name: row for row, name in enumerate(names)}

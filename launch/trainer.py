@@ -1,0 +1,304 @@
+"""The training loop of one rank: data in, steps, evaluation, metrics, and the report at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from counterflow import __version__  # the root package is no room, so no relative import finds it
+
+from ..model import num_active_parameters, num_parameters
+from ..parallel.mesh import Mesh
+from ..parallel.schedule import Schedule
+from ..parallel.schedule.text_form import to_text
+from ..parallel.timeline import Span
+from .check import open_data, step_schedules
+from .config import Config
+from .data import Loader, unigram_entropy
+from .engine import Engine, StepResult
+from .metrics import MetricsWriter
+from .progress import Progress
+from .ramps import bias_update_speed, learning_rate, microbatches, mtp_weight
+from .torchrun import choose_device
+from .watch import SignalWatch
+
+_log = logging.getLogger(__name__)
+
+# What a result says of the end of training is a mean over this many steps.
+_LAST = 10
+
+
+def train(config: Config, folder: Path) -> None:
+    """Train as one rank of a run that torchrun started; rank 0 writes the results to `folder`.
+
+    Raises:
+        ValueError: the configuration, the data or a step's numbers are unusable.
+        CommError: another rank is gone or did not answer in time.
+    """
+    with _world(config) as device:
+        shape = config.mesh
+        mesh = Mesh.create(shape, timeout_s=config.run.timeout_s)
+        run = _Run(config, mesh, device, folder)
+        with SignalWatch(run.where):
+            run.all_steps()
+            result = run.finish()
+        if mesh.rank == 0:
+            _conclude(folder, result)
+
+
+@contextmanager
+def _world(config: Config) -> Iterator[torch.device]:
+    """torch.distributed's world, and this rank's device, for the length of a run."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    kind = choose_device(config.run.device, local_size)
+    if kind == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    # CPU tensors, such as headers of transfers, travel over gloo in either case.
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=config.run.timeout_s))
+    yield device
+    # Not after an error: a peer may be gone, and taking a group down then waits for it.
+    dist.destroy_process_group()
+
+
+class _Run:
+    """A run under way on one rank."""
+
+    def __init__(self, config: Config, mesh: Mesh, device: torch.device, folder: Path) -> None:
+        self.config, self.mesh, self.device, self.folder = config, mesh, device, folder
+        self.corpus = open_data(config)
+        self.schedules = step_schedules(config)
+        self.full: Schedule = self.schedules[config.schedule.microbatches]
+        train_config = config.train
+        self.engine = Engine(
+            config.model,
+            mesh,
+            self.full,
+            dtype=getattr(torch, train_config.dtype),
+            device=device,
+            betas=train_config.betas,
+            eps=train_config.eps,
+            weight_decay=train_config.weight_decay,
+            timeout_s=config.run.timeout_s,
+        )
+        self.loader = self._loader(self.corpus.train)
+        self.step_index = 0
+        self.seconds = 0.0  # in training steps, evaluation not counted
+        self.tokens = 0
+        self.recent: deque[StepResult] = deque(maxlen=_LAST)
+        self.validation_loss = float("nan")
+
+    def where(self) -> str:
+        """One line that says what this rank is doing."""
+        position = f"rank {self.mesh.rank}, step {self.step_index}, {self.engine.pipeline.position}"
+        return ", ".join(filter(None, (position, self.mesh.waits.now)))
+
+    def all_steps(self) -> None:
+        train = self.config.train
+        with ExitStack() as open_things:
+            metrics = progress = None
+            if self.mesh.rank == 0:
+                metrics = open_things.enter_context(MetricsWriter(self.folder))
+                progress = Progress(train.steps, log_every=train.log_every)
+                progress.note(self._introduction())
+                open_things.enter_context(progress)
+            for step in range(train.steps):
+                self.step_index = step
+                began = time.perf_counter()
+                result, num_tokens = self._step(step)
+                took = time.perf_counter() - began
+                self.seconds += took
+                self.tokens += num_tokens
+                self.recent.append(result)
+                rate = num_tokens / took
+                if metrics and progress:
+                    lr = learning_rate(step, train)
+                    self._write(metrics, step, result, lr, rate)
+                    progress.update(
+                        step,
+                        loss=result.losses["main"],
+                        lr=lr,
+                        tokens_per_second=rate,
+                        grad_norm=result.grad_norm,
+                    )
+                last = step + 1 == train.steps
+                if last or (train.eval_every and (step + 1) % train.eval_every == 0):
+                    self.validation_loss = self._validate()
+                    if metrics and progress:
+                        metrics.write("validation", step, loss=self.validation_loss)
+                        progress.note(
+                            f"step {step + 1}: validation {self.validation_loss:.4f} nats a token"
+                        )
+
+    def finish(self) -> dict[str, Any]:
+        """Gather what the report needs and write it; returns the result, complete on rank 0."""
+        self._write_timeline()
+        config, train = self.config, self.config.train
+        results = list(self.recent)
+        loads: dict[str, NDArray[np.int64]] = {}
+        for result in results:
+            for name, load in result.loads.items():
+                layer = name.split(".")[2]
+                loads[layer] = loads.get(layer, np.zeros(len(load), np.int64)) + np.array(load)
+        if self.mesh.rank == 0:
+            layers = {layer: load.tolist() for layer, load in loads.items()}
+            _write_json(self.folder / "load.json", {"layers": layers})
+        return {
+            "train_loss": float(np.mean([r.losses["main"] for r in results])),
+            "validation_loss": self.validation_loss,
+            "unigram_entropy": unigram_entropy(self.corpus.validation),
+            "seconds": round(self.seconds, 3),
+            "tokens_per_second": round(self.tokens / self.seconds, 1),
+            "steps": train.steps,
+            "world_size": self.mesh.shape.world_size,
+            "mesh": {"pp": config.mesh.pp, "dp": config.mesh.dp, "ep": config.mesh.ep},
+            "schedule": self.full.name,
+            "microbatches": self.full.num_microbatches,
+            "tokens": self.tokens,
+            "max_vio": float(np.mean([r.max_vio for r in results])),
+            "parameters": num_parameters(config.model, mtp=True),
+            "active_parameters": num_active_parameters(config.model),
+            "data": self.corpus.name,
+            "device": str(self.device.type),
+            "dtype": train.dtype,
+            "counterflow": __version__,
+            "torch": torch.__version__,
+        }
+
+    def _step(self, step: int) -> tuple[StepResult, int]:
+        """One optimizer step; returns its result and the number of tokens of the global batch."""
+        config, train = self.config, self.config.train
+        multiple = len(self.full.placement.routes)
+        count = microbatches(step, train, config.schedule, multiple)
+        schedule = self.schedules[count]
+        if schedule is not self.engine.pipeline.schedule:
+            self.engine.pipeline.use(schedule)
+        if step + 1 == train.steps and self.mesh.pp_group is not None:
+            dist.barrier(group=self.mesh.pp_group)  # so that the timeline's clocks begin together
+        inputs, targets = self._batch(self.loader, count)
+        result = self.engine.step(
+            inputs,
+            targets,
+            lr=learning_rate(step, train),
+            max_norm=train.grad_clip,
+            mtp_weight=mtp_weight(step, train),
+            bias_update_speed=bias_update_speed(step, train),
+        )
+        return result, inputs.numel() * self.mesh.shape.dp
+
+    def _validate(self) -> float:
+        """Mean loss on the same held-out sequences every time."""
+        loader = self._loader(self.corpus.validation)
+        count = self.engine.pipeline.schedule.num_microbatches
+        batches = [self._batch(loader, count) for _ in range(self.config.train.eval_batches)]
+        return float(np.mean([self.engine.evaluate(*batch) for batch in batches]))
+
+    def _loader(self, stream: Any) -> Loader:
+        config, mesh = self.config, self.mesh
+        return Loader(
+            stream,
+            config.data.sequence_length,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.shape.dp,
+            seed=config.run.seed,
+        )
+
+    def _batch(self, loader: Loader, count: int) -> tuple[Tensor, Tensor]:
+        """This data-parallel rank's share of the next batch of `count` micro-batches a rank."""
+        batch = count * self.config.train.sequences * self.mesh.shape.dp
+        inputs, targets = loader.next(batch)
+        return (
+            torch.from_numpy(np.ascontiguousarray(inputs)).to(self.device),
+            torch.from_numpy(np.ascontiguousarray(targets)).to(self.device),
+        )
+
+    def _introduction(self) -> str:
+        config, shape = self.config, self.mesh.shape
+        nodes = f"{self.mesh.num_nodes} node{'s' if self.mesh.num_nodes > 1 else ''}"
+        return (
+            f"{num_parameters(config.model, mtp=True):,} parameters, {self.corpus.name}; "
+            f"pp {shape.pp} x dp {shape.dp} (ep {shape.ep}) on {nodes}, {self.device.type}; "
+            f"{self.full.name}, {self.full.num_microbatches} micro-batches"
+        )
+
+    def _write(
+        self, metrics: MetricsWriter, step: int, result: StepResult, lr: float, rate: float
+    ) -> None:
+        metrics.write(
+            "train",
+            step,
+            loss=result.loss,
+            main_loss=result.losses["main"],
+            mtp_loss=result.losses["mtp"],
+            balance_loss=result.losses["balance"],
+            lr=lr,
+            grad_norm=result.grad_norm,
+            tokens=self.tokens,
+            tokens_per_second=rate,
+            max_vio=result.max_vio,
+        )
+
+    def _write_timeline(self) -> None:
+        """The last step as the ranks of the first pipeline ran it."""
+        spans = self.engine.pipeline.last_step_spans()
+        gathered: list[list[Span] | None] = [spans]
+        if self.mesh.pp_group is not None:
+            gathered = [None] * self.mesh.shape.pp
+            dist.all_gather_object(gathered, spans, group=self.mesh.pp_group)
+        if self.mesh.rank == 0:
+            rows = [
+                [
+                    {
+                        "action": str(span.step),
+                        "start_ms": round(span.start_ms, 4),
+                        "end_ms": round(span.end_ms, 4),
+                        "waited_ms": round(span.waited_ms, 4),
+                    }
+                    for span in row or []
+                ]
+                for row in gathered
+            ]
+            schedule = self.engine.pipeline.schedule
+            timeline = {"name": schedule.name, "schedule": to_text(schedule), "ranks": rows}
+            _write_json(self.folder / "timeline.json", timeline)
+
+
+def _conclude(folder: Path, result: dict[str, Any]) -> None:
+    """Write the result and the report, and say in two lines how the run went."""
+    _write_json(folder / "result.json", result)
+    from .report import write_report
+
+    report = write_report(folder)
+    below = result["unigram_entropy"] - result["validation_loss"]
+    print(
+        f"validation loss {result['validation_loss']:.4f} nats a token, {below:.4f} under the "
+        f"unigram entropy of the held-out text, {result['unigram_entropy']:.4f}"
+    )
+    print(
+        f"{result['steps']} steps in {result['seconds']:.1f} s, "
+        f"{result['tokens_per_second']:,.0f} tokens/s; report: {report}"
+    )
+
+
+def _write_json(path: Path, value: Any) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)

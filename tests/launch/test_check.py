@@ -1,0 +1,83 @@
+"""A whole configuration is checked before any process starts."""
+
+from pathlib import Path
+
+import pytest
+
+from counterflow.launch.check import check, check_sizes, step_schedules
+from counterflow.launch.config import Config, load
+from counterflow.parallel.schedule import build, save
+
+
+def refusal(*overrides: tuple[str, str]) -> str:
+    config = load(None, overrides)
+    with pytest.raises(ValueError, match=r".") as caught:
+        check(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_default_run_passes() -> None:
+    check(Config())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([("run.nproc", "3")], ["needs 4 processes", "3 were started"]),
+        ([("schedule.microbatches", "5")], ["dualpipe", "5"]),
+        ([("schedule.microbatches", "2")], ["dualpipe", "2", "4"]),
+        ([("mesh.pp", "3"), ("schedule.microbatches", "6")], ["dualpipe", "3"]),
+        ([("schedule.name", "dualpip")], ["dualpip", "did you mean 'dualpipe'"]),
+        ([("schedule.name", "mine.csv")], ["mine.csv: no such schedule file"]),
+        ([("mesh.dp", "3"), ("mesh.ep", "3")], ["mesh.ep=3", "8 routed experts"]),
+        (
+            [("mesh.pp", "8"), ("schedule.microbatches", "16")],
+            ["mesh.pp=8", "4 layers", "8 stages"],
+        ),
+        ([("data.sequence_length", "4096")], ["data.sequence_length=4096", "max_position"]),
+        ([("data.sequence_length", "1")], ["num_nextn_predict_layers=1"]),
+        ([("model.vocab_size", "100")], ["model.vocab_size=100", "at least 256"]),
+        (
+            [("train.ramp_start", "3"), ("train.ramp_steps", "9")],
+            ["train.ramp_start=3", "step 0", "3 micro-batches"],
+        ),
+        (
+            [("train.ramp_start", "8"), ("train.ramp_steps", "9")],
+            ["train.ramp_start=8", "only rises"],
+        ),
+        ([("data.kind", "text"), ("data.path", "/nowhere/at/all")], ["/nowhere/at/all", "no such"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_reason(
+    overrides: list[tuple[str, str]], words: list[str]
+) -> None:
+    message = refusal(*overrides)
+    for word in words:
+        assert word in message
+
+
+def test_too_little_text_is_refused(tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("a line\n" * 30)
+    message = refusal(("data.kind", "text"), ("data.path", str(text)))
+    assert "too few for one sequence" in message
+    check(
+        load(None, [("data.kind", "text"), ("data.path", str(text)), ("data.sequence_length", "8")])
+    )
+
+
+def test_a_schedule_file_must_have_the_sizes_of_the_run(tmp_path: Path) -> None:
+    file = tmp_path / "mine.csv"
+    save(build("1f1b", ranks=2, microbatches=4), file)
+    check_sizes(load(None, [("schedule.name", str(file))]))
+    assert "has 4 micro-batches, not 6" in refusal(
+        ("schedule.name", str(file)), ("schedule.microbatches", "6")
+    )
+
+
+def test_a_ramp_has_a_schedule_for_every_size_of_its_steps() -> None:
+    ramp = [("train.ramp_start", "4"), ("train.ramp_steps", "7"), ("schedule.microbatches", "12")]
+    assert sorted(step_schedules(load(None, ramp))) == [4, 6, 8, 10, 12]
+    one_way = [*ramp, ("schedule.name", "1f1b")]
+    assert {5, 7, 9} & set(step_schedules(load(None, one_way)))

@@ -1,0 +1,141 @@
+"""The command line: help at once, errors in one line, exit statuses."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from counterflow.launch.cli import UsageError, main, print_table, split_arguments
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("counterflow: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err.removeprefix("counterflow: error: ").rstrip()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["simulate", "--ranks", "8", "--microbatches", "20", "--json"],
+        ["train", "--help"],
+    ],
+)
+def test_help_and_simulation_start_without_torch_in_half_a_second(arguments: list[str]) -> None:
+    program = (
+        "import sys; from counterflow.launch.cli import main\n"
+        f"try: main({arguments!r})\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    times = []
+    for _ in range(3):  # the best of three: other tests share the machine
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=60)
+        times.append(time.perf_counter() - begin)
+    assert min(times) < 0.5
+
+
+def test_help_of_train_lists_every_key_with_its_default(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from counterflow.launch.config import rows
+
+    assert main(["train", "x.toml", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for row in rows():
+        assert f"--{row.key}" in shown
+    assert "--train.betas = [0.9, 0.95]" in shown
+
+
+def test_arguments_of_train_are_a_file_and_pairs_in_any_order() -> None:
+    assert split_arguments([]) == (None, [])
+    assert split_arguments(["--train.lr", "-1", "run.toml", "--run.name=a=b"]) == (
+        "run.toml",
+        [("train.lr", "-1"), ("run.name", "a=b")],
+    )
+    for wrong in (["--train.lr"], ["--train.lr", "--x"], ["a.toml", "b.toml"], ["-x"]):
+        with pytest.raises(UsageError):
+            split_arguments(wrong)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "COMMAND"),
+        (["trane"], "trane"),
+        (["simulate", "--rank", "4"], "--rank"),
+        (["simulate", "--ranks", "four"], "four"),
+        (["simulate"], "--ranks and --microbatches"),
+        (["simulate", "--ranks", "4", "--microbatches", "7"], "dualpipe"),
+        (["simulate", "--ranks", "4", "--microbatches", "8", "--costs", "G=1"], "G"),
+        (["simulate", "--schedule", "nowhere.csv"], "nowhere.csv: no such schedule file"),
+        (["train", "nowhere.toml"], "nowhere.toml: no such configuration file"),
+        (["train", "--train.lrr", "1"], "did you mean train.lr?"),
+        (["train", "--train.steps", "many"], "train.steps must be a whole number, got 'many'"),
+        (["train", "--schedule.microbatches", "5"], "5"),
+        (["train", "--run.nproc", "3"], "needs 4 processes"),
+        (["train", "--data.kind", "text", "--data.path", "/nowhere"], "/nowhere: no such"),
+        (["train", "--data.kind", "text", "--data.path", sys.executable], "is a binary file"),
+        (["report", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_status_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert words in error_of(capsys, *arguments)
+
+
+def test_a_file_that_cannot_be_written_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    target = tmp_path / "no" / "out.csv"
+    message = error_of(
+        capsys, "simulate", "--ranks", "2", "--microbatches", "4", "--csv", str(target)
+    )
+    assert message == f"{target}: No such file or directory"
+
+
+def test_simulation_prints_one_json_object_and_nothing_else(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    costs = "F=1,I=1,W=1,pair=3,send=0"
+    sizes = ["--ranks", "8", "--microbatches", "20"]
+    assert main(["simulate", "--schedule", "dualpipe", *sizes, "--costs", costs, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["makespan"], result["idle"]) == (66, [6] * 8)
+
+
+def test_simulation_shows_grid_and_table_and_reads_back_its_own_csv(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.csv"
+    assert main(["simulate", "--ranks", "4", "--microbatches", "8", "--csv", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "(2F6;1B0)" in shown
+    assert "makespan 26   bubble rate 0.0769" in shown
+    assert main(["simulate", "--schedule", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["makespan"] == 26
+
+
+def test_a_reader_that_goes_away_is_no_error_message() -> None:
+    command = [sys.executable, "-m", "counterflow", "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+def test_tables_are_plain_text_without_rich(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    print_table("title", ["rank", "busy"], [["0", "12.5"], ["10", "3"]])
+    assert capsys.readouterr().out == "title\nrank  busy\n   0  12.5\n  10     3\n"

@@ -1,0 +1,101 @@
+"""What a run shows and what it writes down as it goes."""
+
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from counterflow.launch.metrics import MetricsWriter
+from counterflow.launch.progress import Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def run_through(stream: io.StringIO, steps: int, log_every: int) -> str:
+    with Progress(steps, log_every=log_every, stream=stream) as progress:
+        for step in range(steps):
+            progress.update(
+                step, loss=5.0 - step / 10, lr=1e-3, tokens_per_second=12345.6, grad_norm=0.5
+            )
+        progress.note("validation loss [2.0]")
+    return stream.getvalue()
+
+
+def test_without_a_terminal_there_is_a_line_every_so_many_steps_and_for_first_and_last() -> None:
+    lines = run_through(io.StringIO(), steps=25, log_every=10).splitlines()
+    assert [line.split()[1] for line in lines[:-1]] == ["1/25", "10/25", "20/25", "25/25"]
+    assert lines[1].startswith(
+        "step 10/25  loss 4.1000  lr 1.00e-03  grad norm 0.500  12,346 tokens/s"
+    )
+    assert "eta 0:00" in lines[-2]
+    assert lines[-1] == "validation loss [2.0]"
+
+
+def test_on_a_terminal_there_is_a_bar_and_notes_stay_whole() -> None:
+    pytest.importorskip("rich")
+    shown = run_through(Terminal(), steps=3, log_every=1)
+    assert "3/3" in shown
+    assert "loss 4.8000" in shown
+    assert "validation loss [2.0]" in shown
+
+
+def test_every_metrics_line_is_there_when_write_returns(tmp_path: Path) -> None:
+    file = tmp_path / "run" / "metrics.jsonl"
+    with MetricsWriter(tmp_path / "run") as writer:
+        for step in range(3):
+            writer.write("train", step, loss=1.5, load=[1, 2])
+            assert len(file.read_text().splitlines()) == step + 1
+    last = file.read_text().splitlines()[-1]
+    assert json.loads(last) == {"kind": "train", "step": 2, "loss": 1.5, "load": [1, 2]}
+
+
+def test_numbers_that_are_not_finite_are_null_in_strict_json(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        writer.write("train", 0, loss=math.nan, grad_norm=math.inf, load=[1.0, -math.inf])
+
+    def refuse(word: str) -> float:
+        raise AssertionError(f"{word} is not JSON")
+
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert line == {
+        "kind": "train",
+        "step": 0,
+        "loss": None,
+        "grad_norm": None,
+        "load": [1.0, None],
+    }
+
+
+def test_a_new_run_begins_its_metrics_anew(tmp_path: Path) -> None:
+    for _ in range(2):
+        with MetricsWriter(tmp_path) as writer:
+            writer.write("train", 0, loss=1.0)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_tensorboard_gets_the_numbers_where_it_is_installed(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    with MetricsWriter(tmp_path) as writer:
+        writer.write("train", 0, loss=1.0, load=[1, 2])
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    content = events.read_bytes()
+    assert b"train/loss" in content
+    assert b"train/load" not in content
+
+
+def test_metrics_are_written_where_tensorboard_is_broken(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['torch.utils.tensorboard'] = None\n"
+        "from counterflow.launch.metrics import MetricsWriter\n"
+        f"w = MetricsWriter({str(tmp_path)!r}); w.write('train', 0, loss=1.0); w.close()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 1.0
+    assert not (tmp_path / "tensorboard").exists()

@@ -1,0 +1,215 @@
+"""Reading, overriding, checking and writing the configuration."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from counterflow.launch.config import Config, DataConfig, RunConfig, TrainConfig, load, rows
+from counterflow.launch.settings import ConfigError, to_toml
+from counterflow.model import ModelConfig, Yarn
+from counterflow.parallel.mesh import MeshShape
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text)
+    return path
+
+
+def refusal(*overrides: tuple[str, str], path: Path | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_without_a_file_the_defaults_are_the_configuration() -> None:
+    assert load() == Config()
+
+
+def test_a_flag_wins_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    path = written(tmp_path, "[train]\nsteps = 50\nlr = 1e-2\n[mesh]\npp = 4\n")
+    config = load(path, [("train.lr", "2e-2")])
+    assert (config.train.steps, config.train.lr, config.mesh.pp) == (50, 2e-2, 4)
+    assert config.mesh.dp == Config().mesh.dp
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "section", "value"),
+    [
+        ("train.lr", "1", "train", 1.0),
+        ("train.betas", "0.5,0.75", "train", (0.5, 0.75)),
+        ("train.betas", "[0.5, 0.75]", "train", (0.5, 0.75)),
+        ("train.cosine_steps", "7", "train", 7),
+        ("train.cosine_steps", "none", "train", None),
+        ("run.name", "123", "run", "123"),
+        ("model.norm_topk_prob", "false", "model", False),
+        ("model.q_lora_rank", "none", "model", None),
+        ("data.validation_fraction", "2e-1", "data", 0.2),
+    ],
+)
+def test_a_flag_and_the_same_value_in_a_file_give_the_same_configuration(
+    tmp_path: Path, key: str, text: str, section: str, value: object
+) -> None:
+    name = key.partition(".")[2]
+    by_flag = load(None, [(key, text)])
+    assert getattr(getattr(by_flag, section), name) == value
+    assert load(written(tmp_path, to_toml(by_flag))) == by_flag
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("train.lrr", "train.lr"),
+        ("train.warmup", "train.warmup_steps"),
+        ("lr", "train.lr"),
+        ("sequence_length", "data.sequence_length"),
+        ("trian.lr", "train.lr"),
+        ("model.n_routed_expert", "model.n_routed_experts"),
+        ("model.yarn.factr", "model.yarn.factor"),
+        ("mesh.pp.x", "mesh.pp"),
+    ],
+)
+def test_an_unknown_key_is_answered_by_the_nearest_known_one(key: str, nearest: str) -> None:
+    assert refusal((key, "1")) == f"--{key}: unknown key {key}; did you mean {nearest}?"
+
+
+def test_an_unknown_key_in_a_file_names_the_file_and_the_whole_key(tmp_path: Path) -> None:
+    path = written(tmp_path, "[train]\nlearning_rate = 1\n")
+    message = refusal(path=path)
+    assert message.startswith(f"{path}: unknown key train.learning_rate; did you mean train.")
+
+
+def test_an_empty_unknown_section_is_refused_too(tmp_path: Path) -> None:
+    path = written(tmp_path, "[trian]\n")
+    assert refusal(path=path) == f"{path}: unknown section [trian]; did you mean [train]?"
+    assert load(written(tmp_path, "[train]\n")) == Config()
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "expected"),
+    [
+        ("train.lr", "fast", "a number, got 'fast'"),
+        ("train.lr", "true", "a number, got 'true'"),
+        ("train.steps", "1.5", "a whole number, got '1.5'"),
+        ("train.steps", "true", "a whole number, got 'true'"),
+        ("train.betas", "0.9", "[a number, a number], got '0.9'"),
+        ("model.norm_topk_prob", "1", "true or false, got '1'"),
+        ("model.q_lora_rank", "no", "a whole number or \"none\", got 'no'"),
+        ("train.dtype", "fp8", '"float32" or "float64" or "bfloat16", got \'fp8\''),
+        ("train.steps", "1\nlr = 2", "a whole number, got '1\\nlr = 2'"),
+    ],
+)
+def test_a_wrong_type_tells_what_is_expected_and_what_was_given(
+    key: str, text: str, expected: str
+) -> None:
+    assert refusal((key, text)) == f"--{key}: {key} must be {expected}"
+
+
+def test_a_wrong_type_in_a_file_shows_the_value_as_the_file_has_it(tmp_path: Path) -> None:
+    path = written(tmp_path, '[train]\nsteps = "many"\n')
+    assert refusal(path=path) == f'{path}: train.steps must be a whole number, got "many"'
+
+
+def test_a_section_given_a_value_is_refused() -> None:
+    assert "train is a section" in refusal(("train", "3"))
+
+
+def test_a_value_that_a_section_refuses_names_its_source_and_key() -> None:
+    assert (
+        refusal(("train.lr", "-1")) == "--train.lr: train.lr must be 0 or more and finite, got -1.0"
+    )
+    assert refusal(("mesh.ep", "3")).startswith("--mesh.ep: mesh.ep=3 must divide mesh.dp=2")
+    assert refusal(("model.n_group", "3")).startswith("--model.n_group: model: n_group=3 does not")
+
+
+def test_missing_and_broken_files_are_named_with_the_line(tmp_path: Path) -> None:
+    missing = tmp_path / "none.toml"
+    assert refusal(path=missing) == f"{missing}: no such configuration file"
+    broken = written(tmp_path, "[train]\nsteps = = 3\n")
+    assert refusal(path=broken).startswith(f"{broken}: is not valid TOML: ")
+    assert "line 2" in refusal(path=broken)
+    assert "cannot be read" in refusal(path=tmp_path)
+    broken.write_bytes(b"\xff\xfe")
+    assert "not UTF-8" in refusal(path=broken)
+
+
+def test_an_optional_section_is_made_from_its_keys_and_unset_by_none(tmp_path: Path) -> None:
+    size = ("model.yarn.original_max_position_embeddings", "64")
+    config = load(None, [("model.yarn.factor", "4"), size])
+    assert config.model.yarn == Yarn(factor=4.0, original_max_position_embeddings=64)
+    path = written(tmp_path, to_toml(config))
+    assert load(path) == config
+    assert load(path, [("model.yarn.beta_fast", "16")]).model.yarn == Yarn(
+        factor=4.0, original_max_position_embeddings=64, beta_fast=16.0
+    )
+    assert load(path, [("model.yarn", "none")]) == Config()
+    assert size[0] in refusal(("model.yarn.factor", "4"))
+
+
+def test_a_hugging_face_configuration_gives_the_model_and_other_keys_change_it(
+    tmp_path: Path,
+) -> None:
+    import json
+
+    model = replace(Config().model, hidden_size=96)
+    hf = tmp_path / "config.json"
+    hf.write_text(json.dumps(model.to_hf()))
+    assert load(None, [("model.hf", str(hf))]).model == model
+    both = load(written(tmp_path, f'[model]\nhf = "{hf}"\nvocab_size = 512\n'))
+    assert both.model == replace(model, vocab_size=512)
+    assert "no such file" in refusal(("model.hf", str(tmp_path / "nowhere.json")))
+
+
+def test_every_key_has_a_line_of_help_and_is_accepted_with_its_own_default() -> None:
+    for row in rows():
+        assert row.doc, row.key
+        assert "\n" not in row.doc
+    given = [
+        (row.key, row.default.strip('"'))
+        for row in rows()
+        if row.default and not row.key.startswith("model.yarn") and row.key != "model.hf"
+    ]
+    assert load(None, given) == Config()
+
+
+names = st.text(st.characters(blacklist_characters="/\0", codec="utf-8"), min_size=1).filter(
+    lambda name: name not in (".", "..")
+)
+numbers = st.floats(0, 1e6)
+
+
+@settings(deadline=None)  # other processes share the machine
+@given(
+    name=names,
+    folder=names,
+    lr=numbers,
+    betas=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
+    cosine=st.none() | st.integers(0, 10**6),
+    path=names,
+    pp=st.integers(1, 64),
+)
+def test_toml_round_trips(
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    folder: str,
+    lr: float,
+    betas: tuple[float, float],
+    cosine: int | None,
+    path: str,
+    pp: int,
+) -> None:
+    config = Config(
+        run=RunConfig(name=name, folder=folder),
+        mesh=MeshShape(pp=pp),
+        model=ModelConfig(),
+        data=DataConfig(kind="text", path=path),
+        train=TrainConfig(lr=lr, lr_min=lr / 2, betas=betas, cosine_steps=cosine),
+    )
+    file = tmp_path_factory.mktemp("toml") / "config.toml"
+    file.write_text(to_toml(config), encoding="utf-8")
+    assert load(file) == config

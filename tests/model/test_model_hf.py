@@ -1,0 +1,212 @@
+"""Checkpoints by Hugging Face names: what is written, read back, and refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from counterflow.model import (
+    CheckpointError,
+    DeepSeekV3,
+    ModelConfig,
+    hf_tensors,
+    load_hf,
+    num_parameters,
+    partition,
+    save_hf,
+    write_index,
+    write_shard,
+)
+from tests.cases_model import SMALL, V2, expert_parallel_checkpoint, set_biases
+from tests.ranks import RankPool
+
+MTP = replace(SMALL, num_nextn_predict_layers=1)
+
+
+def equal(a: DeepSeekV3, b: DeepSeekV3) -> bool:
+    return all(
+        name == other and torch.equal(x, y)
+        for (name, x), (other, y) in zip(hf_tensors(a), hf_tensors(b), strict=True)
+    )
+
+
+def other(config: ModelConfig) -> DeepSeekV3:
+    """A model with other values."""
+    return DeepSeekV3(replace(config, init_seed=9))
+
+
+@pytest.mark.parametrize("config", [MTP, V2, replace(MTP, tie_word_embeddings=True)])
+@pytest.mark.parametrize("max_file_bytes", [10**9, 20_000], ids=["one file", "several"])
+def test_what_is_saved_loads(config: ModelConfig, max_file_bytes: int, tmp_path: Path) -> None:
+    model = DeepSeekV3(config)
+    if config.topk_method == "noaux_tc":
+        set_biases(model)
+    save_hf([model], tmp_path, max_file_bytes=max_file_bytes)
+    index = tmp_path / "model.safetensors.index.json"
+    assert index.exists() == (max_file_bytes < 10**9)
+    assert ModelConfig.from_hf(tmp_path) == config
+    loaded = other(config)
+    assert not equal(loaded, model)
+    load_hf(loaded, tmp_path)
+    assert equal(loaded, model)
+
+
+def test_names_are_the_published_ones(tmp_path: Path) -> None:
+    model = DeepSeekV3(MTP)
+    save_hf([model], tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    layer = "model.layers.3"  # of multi-token prediction
+    for name in (
+        "lm_head.weight",
+        "model.norm.weight",
+        "model.layers.0.mlp.down_proj.weight",
+        "model.layers.1.self_attn.kv_a_proj_with_mqa.weight",
+        "model.layers.1.mlp.gate.weight",
+        "model.layers.1.mlp.gate.e_score_correction_bias",
+        "model.layers.2.mlp.shared_experts.up_proj.weight",
+        f"{layer}.enorm.weight",
+        f"{layer}.hnorm.weight",
+        f"{layer}.eh_proj.weight",
+        f"{layer}.shared_head.norm.weight",
+        f"{layer}.mlp.experts.15.gate_proj.weight",
+    ):
+        assert name in stored
+    assert torch.equal(stored[f"{layer}.embed_tokens.weight"], stored["model.embed_tokens.weight"])
+    assert torch.equal(stored[f"{layer}.shared_head.head.weight"], stored["lm_head.weight"])
+    experts = model.moe_layers()["model.layers.2.mlp"].experts
+    prefix = "model.layers.2.mlp.experts.7"
+    gate_up = torch.cat([stored[f"{prefix}.{half}_proj.weight"] for half in ("gate", "up")])
+    assert torch.equal(gate_up, experts.gate_up_proj[7])
+    assert torch.equal(stored[f"{prefix}.down_proj.weight"], experts.down_proj[7])
+
+
+def test_a_part_loads_its_own_and_parts_save_the_whole(tmp_path: Path) -> None:
+    whole = DeepSeekV3(MTP)
+    save_hf([whole], tmp_path / "whole")
+    parts = [DeepSeekV3(replace(MTP, init_seed=9), part) for part in partition(MTP, 3)]
+    for part in parts:
+        load_hf(part, tmp_path / "whole")
+    save_hf(parts, tmp_path / "parts")
+    first, second = (load_file(tmp_path / f / "model.safetensors") for f in ("whole", "parts"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight.* missing.*write_shard"):
+        save_hf(parts[:2], tmp_path / "some")
+
+
+def test_ranks_load_their_experts_and_write_theirs(ranks: RankPool, tmp_path: Path) -> None:
+    model = DeepSeekV3(MTP)
+    source, target = tmp_path / "source", tmp_path / "target"
+    save_hf([model], source)
+    sizes = ranks.run(
+        expert_parallel_checkpoint, world=2, config=MTP, source=str(source), target=str(target)
+    )
+    assert max(sizes) < 0.7 * num_parameters(MTP, mtp=True)
+    write_index(target, MTP)
+    loaded = other(MTP)
+    load_hf(loaded, target)
+    assert equal(loaded, model)
+    (target / "model-rank1.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        write_index(target, MTP)
+
+
+def edited(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_all_that_does_not_fit_is_named_and_nothing_written(tmp_path: Path) -> None:
+    model = DeepSeekV3(SMALL)
+    save_hf([model], tmp_path)
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        del tensors["model.norm.weight"]
+        tensors["model.extra"] = torch.zeros(1)
+        tensors["lm_head.weight"] = torch.zeros(2, 3)
+
+    loaded = other(SMALL)
+    with pytest.raises(CheckpointError) as error:
+        load_hf(loaded, edited(tmp_path, edit))
+    text = str(error.value)
+    assert "in 3 tensors" in text
+    assert "model.norm.weight: missing" in text
+    assert "model.extra: unexpected" in text
+    assert "lm_head.weight: shape [2, 3], not [61, 32]" in text
+    assert equal(loaded, other(SMALL))
+
+
+def test_a_long_list_of_problems_is_shortened(tmp_path: Path) -> None:
+    save_hf([DeepSeekV3(SMALL)], tmp_path)
+    with pytest.raises(CheckpointError, match=r"and \d+ more.*num_nextn_predict_layers=0"):
+        load_hf(DeepSeekV3(MTP), tmp_path)
+
+
+def test_derived_tensors_and_a_stored_tied_head_are_passed_over(tmp_path: Path) -> None:
+    config = replace(SMALL, tie_word_embeddings=True)
+    model = DeepSeekV3(config)
+    save_hf([model], tmp_path)
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        assert "lm_head.weight" not in tensors
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+
+    loaded = other(config)
+    load_hf(loaded, edited(tmp_path, edit))
+    assert equal(loaded, model)
+
+
+def test_float8_checkpoints_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    save_hf([DeepSeekV3(SMALL)], tmp_path)
+    name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
+    with pytest.raises(CheckpointError, match="convert it to bfloat16 first"):
+        load_hf(
+            DeepSeekV3(SMALL), edited(tmp_path, lambda t: t.__setitem__(name, torch.ones(1, 1)))
+        )
+
+
+def test_values_are_converted_to_the_dtype_of_the_model(tmp_path: Path) -> None:
+    model = DeepSeekV3(SMALL, dtype=torch.bfloat16)
+    save_hf([model], tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert stored["lm_head.weight"].dtype == torch.bfloat16
+    assert stored["model.layers.1.mlp.gate.weight"].dtype == torch.float32
+    wide = DeepSeekV3(SMALL, dtype=torch.float64)
+    load_hf(wide, tmp_path)
+    for (name, value), (_, source) in zip(hf_tensors(wide), hf_tensors(model), strict=True):
+        assert value.dtype == torch.float64
+        assert torch.equal(value, source.double()), name
+
+
+def test_folders_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    model = DeepSeekV3(SMALL)
+    with pytest.raises(CheckpointError, match="neither"):
+        load_hf(model, tmp_path)
+    with pytest.raises(CheckpointError, match="no safetensors"):
+        write_index(tmp_path, SMALL)
+    (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"):
+        load_hf(model, tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text("[]")
+    with pytest.raises(CheckpointError, match="not an index"):
+        load_hf(model, tmp_path)
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "model-gone.safetensors"}}))
+    with pytest.raises(CheckpointError, match="model-gone"):
+        load_hf(model, tmp_path)
+
+
+def test_a_shard_needs_parts(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no parts"):
+        write_shard([], tmp_path / "unused", "0")
+    assert not (tmp_path / "unused").exists()
