@@ -40,8 +40,8 @@ class Attended(NamedTuple):
         routing: where the tokens go; None in a dense layer.
     """
 
-    residual_BLD: Tensor  # noqa: N815  shape suffix
-    x_BLD: Tensor  # noqa: N815
+    residual_BLD: Tensor
+    x_BLD: Tensor
     routing: Routing | None
 
 
@@ -53,8 +53,8 @@ class Computed(NamedTuple):
         local_BLD: of the dense MLP or the shared experts; None where there are no shared experts.
     """
 
-    rows_ND: Tensor | None  # noqa: N815
-    local_BLD: Tensor | None  # noqa: N815
+    rows_ND: Tensor | None
+    local_BLD: Tensor | None
 
 
 class DecoderLayer(nn.Module):

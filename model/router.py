@@ -27,8 +27,8 @@ class Routing(NamedTuple):
         weights_TK: [T, K], float32 (float64 in a float64 model).
     """
 
-    experts_TK: Tensor  # noqa: N815  shape suffix
-    weights_TK: Tensor  # noqa: N815
+    experts_TK: Tensor
+    weights_TK: Tensor
 
 
 class Router(nn.Module):
@@ -42,7 +42,7 @@ class Router(nn.Module):
             data-parallel ranks and the replicas of the stage, and zeroes it. Not saved.
     """
 
-    load_E: Tensor  # noqa: N815
+    load_E: Tensor
     e_score_correction_bias: Tensor
 
     def __init__(

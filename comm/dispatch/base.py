@@ -60,8 +60,8 @@ class Dispatched:
         handle: what `combine` needs.
     """
 
-    rows_ND: Tensor  # noqa: N815  shape suffix
-    weights_N: Tensor  # noqa: N815
+    rows_ND: Tensor
+    weights_N: Tensor
     counts: list[int]
     handle: Handle
 

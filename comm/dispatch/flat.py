@@ -29,12 +29,12 @@ class FlatHandle(Handle):
         ungroup_N: its inverse.
     """
 
-    slots_S: Tensor  # noqa: N815
-    sent_TK: Tensor  # noqa: N815
+    slots_S: Tensor
+    sent_TK: Tensor
     send_splits: list[int]
     recv_splits: list[int]
-    group_N: Tensor | None  # noqa: N815
-    ungroup_N: Tensor | None  # noqa: N815
+    group_N: Tensor | None
+    ungroup_N: Tensor | None
 
 
 class Flat(Dispatcher[FlatHandle]):
