@@ -141,7 +141,9 @@ class TrainConfig:
     mtp_switch_step: int | None = option(
         None, "step of the switch; none: after 10/14.8 of the steps, as DeepSeek-V3"
     )
-    bias_update_speed: float = option(1e-3, "change of a router bias a step")
+    bias_update_speed: float = option(
+        5e-3, "change of a router bias a step (V3: 0.001, over many more steps)"
+    )
     bias_stop_step: int | None = option(
         None, "step from which biases stay; none: after 14.3/14.8 of the steps, as DeepSeek-V3"
     )

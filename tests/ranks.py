@@ -38,7 +38,8 @@ class RankError(AssertionError):
         self.errors = errors
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, index: int) -> None:
+    os.environ.setdefault("NCCL_HOSTID", f"counterflow-test-{index}")
     import torch
     import torch.distributed as dist
 
@@ -48,11 +49,11 @@ def _serve(connection: Connection) -> None:
             task = connection.recv()
         except EOFError:
             return
-        function, rank, world, port, timeout_s, kwargs = task
+        function, rank, world, port, timeout_s, backend, kwargs = task
         try:
             torch.manual_seed(0)
             dist.init_process_group(
-                "gloo",
+                backend,
                 init_method=f"tcp://127.0.0.1:{port}",
                 rank=rank,
                 world_size=world,
@@ -80,23 +81,34 @@ class RankPool:
         self._members: list[tuple[Any, Connection]] = []
 
     def run(
-        self, function: Callable[..., Any], *, world: int, timeout_s: float = 120.0, **kwargs: Any
+        self,
+        function: Callable[..., Any],
+        *,
+        world: int,
+        timeout_s: float = 120.0,
+        backend: str = "gloo",
+        **kwargs: Any,
     ) -> list[Any]:
         """Run `function(rank, world, **kwargs)` on `world` ranks; return their results by rank.
+
+        Each process has an NCCL_HOSTID of its own, so that NCCL takes several ranks on one GPU for
+        hosts of their own and connects them by sockets instead of refusing them.
 
         Raises:
             RankError: a rank raised, died, or did not answer within `timeout_s`.
         """
         while len(self._members) < world:
             here, there = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(there,), daemon=True)
+            process = self._context.Process(
+                target=_serve, args=(there, len(self._members)), daemon=True
+            )
             process.start()
             there.close()
             self._members.append((process, here))
         members = self._members[:world]
         port = free_port()
         for rank, (_, connection) in enumerate(members):
-            connection.send((function, rank, world, port, timeout_s, kwargs))
+            connection.send((function, rank, world, port, timeout_s, backend, kwargs))
         answers: dict[int, Any] = {}
         waiting = {connection: rank for rank, (_, connection) in enumerate(members)}
         while waiting:

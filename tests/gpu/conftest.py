@@ -1,0 +1,12 @@
+"""Everything in this folder needs a CUDA GPU and is skipped where there is none."""
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.path.parts:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
