@@ -2,9 +2,9 @@
 
     python -m bench.gpu [--repeats 20]
 
-First the ceilings (copy bandwidth, bf16 matrix product), then the grouped expert product beside one
-product for each expert, and a training step of a small DeepSeek-V3-style model on one GPU. Times are
-medians; results go to bench/results/gpu.json.
+First the ceilings (copy bandwidth, bf16 matrix product), then the grouped expert product beside
+one product for each expert, and a training step of a small DeepSeek-V3-style model on one GPU.
+Times are medians; results go to bench/results/gpu.json.
 """
 
 from __future__ import annotations

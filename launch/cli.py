@@ -137,12 +137,18 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[st
 def _launch(config: Config) -> int:
     """Check everything, then start the ranks with torchrun."""
     from .check import check
-    from .torchrun import choose_device, free_port, set_threads, start
+    from .torchrun import choose_device, free_port, num_gpus, set_threads, start
 
     check(config)
     nproc = config.run.nproc or config.mesh.world_size
     port = free_port(config.run.port)
-    set_threads(choose_device(config.run.device, nproc), nproc)
+    device = choose_device(config.run.device, nproc)
+    if device == "cpu" and config.run.device == "auto" and (gpus := num_gpus()):
+        print(
+            f"this machine has {gpus} GPU{'s' if gpus > 1 else ''} for {nproc} processes: training "
+            "on the CPU; a mesh of as many processes as GPUs trains on them"
+        )
+    set_threads(device, nproc)
     return start(["train", str(_write_config(config))], nproc=nproc, port=port)
 
 

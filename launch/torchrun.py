@@ -97,9 +97,7 @@ def choose_device(wanted: str, local_world_size: int) -> str:
     """
     if wanted == "cpu":
         return "cpu"
-    import torch
-
-    count = torch.cuda.device_count()
+    count = num_gpus()
     if count >= local_world_size:
         return "cuda"
     if wanted == "cuda":
@@ -108,6 +106,13 @@ def choose_device(wanted: str, local_world_size: int) -> str:
             "processes; use a smaller mesh, or run.device cpu"
         )
     return "cpu"
+
+
+def num_gpus() -> int:
+    """CUDA GPUs that this process may use."""
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def set_threads(device: str, nproc: int) -> None:
