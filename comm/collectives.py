@@ -1,12 +1,17 @@
-"""Sums over a group of ranks, with errors that name who was waited for."""
+"""Sums and gathers over a group of ranks, with errors that name who was waited for."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
 from .errors import CommError, backend_reason
 from .waiting import WaitBoard, name_ranks
+
+T = TypeVar("T")
 
 
 def sum_over(
@@ -27,15 +32,34 @@ def sum_over(
     Raises:
         CommError: a rank of the group is gone or did not answer within the group's limit.
     """
+    if group is not None:
+        _guarded(lambda: dist.all_reduce(values, group=group), group, what, board)
+
+
+def gather(
+    value: T, group: dist.ProcessGroup | None, what: str, *, board: WaitBoard | None = None
+) -> list[T]:
+    """The `value` of every rank of `group`, in the group's order, on all of them.
+
+    Arguments and errors as of `sum_over`; values must be picklable.
+    """
     if group is None:
-        return
+        return [value]
+    gathered: list[Any] = [None] * group.size()
+    _guarded(lambda: dist.all_gather_object(gathered, value, group=group), group, what, board)
+    return gathered
+
+
+def _guarded(
+    run: Callable[[], object], group: dist.ProcessGroup, what: str, board: WaitBoard | None
+) -> None:
     me = dist.get_rank()
     others = tuple(r for r in dist.get_process_group_ranks(group) if r != me)
     try:
         with (board or WaitBoard()).waiting(what, others):
-            dist.all_reduce(values, group=group)
+            run()
     except RuntimeError as error:
-        reason = backend_reason(error)
         raise CommError(
-            f"rank {me}: waiting for {what} (peers: {name_ranks(others)}): {reason}", peers=others
+            f"rank {me}: waiting for {what} (peers: {name_ranks(others)}): {backend_reason(error)}",
+            peers=others,
         ) from error

@@ -1,9 +1,8 @@
 """Stage-to-stage transfers: ordered messages between two ranks, received ahead of their use.
 
 A *message* is a tuple of tensors (or None) of any shapes and dtypes. Each directed pair of ranks is
-a channel; its messages are received in the order in which they are sent, which both sides know from
-the schedule. Two things travel for each message: a small header (on the CPU) that says what the
-message is, and the tensors.
+a channel; its messages are received in the order in which they are sent, which both
+sides know from the schedule. A small header goes ahead of each and says what it is.
 
 Shapes may change at any time and yet tensors are received ahead: the receiver posts buffers for
 what the last message of that name looked like. Where a message turns out to differ, the sender,
@@ -12,8 +11,9 @@ which knows what was posted, fills those buffers with zeros and sends the tensor
 round trip, and a change costs one wasted transfer. Late tensors keep an order of their own: by the
 time that one is posted, buffers for the messages after it have been.
 
-Sends never block. A sent tensor is let go when a header from the peer acknowledges it, or at the
-end of the step where nothing comes back from the peer (evaluation with a one-way schedule).
+Sends never block. A sent tensor is let go when its transfer has completed (CUDA), or when a header
+from the peer acknowledges it (CPU; at the end of the step where nothing comes back from the peer,
+as in an evaluation with a one-way schedule).
 """
 
 from __future__ import annotations
@@ -29,93 +29,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import CommError, backend_reason
+from .messages import (
+    Frame,
+    Message,
+    Payload,
+    Specs,
+    as_bytes,
+    decode_header,
+    empty_payload,
+    encode_header,
+    specs_of,
+)
 from .waiting import WaitBoard, name_ranks
 
-MAX_TENSORS = 16
-MAX_DIMS = 8
-
-_DTYPES = (
-    torch.float32,
-    torch.float64,
-    torch.bfloat16,
-    torch.float16,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-    torch.complex64,
-    torch.complex128,
-)
 _HEADER_TAG, _AHEAD_TAG, _LATE_TAG = 1, 2, 3
-_FIELDS = 4 + MAX_DIMS  # present, requires_grad, dtype, number of dims, dims
-_HEADER_SIZE = 2 + MAX_TENSORS * _FIELDS  # acknowledged messages, number of tensors, tensors
-
-
-class Message(NamedTuple):
-    """Identity of a message: `name` says what it is every time, `microbatch` which one this is."""
-
-    name: str
-    microbatch: int
-
-    def __str__(self) -> str:
-        return f"{self.name} of micro-batch {self.microbatch}"
-
-
-class TensorSpec(NamedTuple):
-    """What a receiver must know to post a buffer."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-Specs = tuple[TensorSpec | None, ...]
-Payload = tuple[Tensor | None, ...]
-
-
-def encode_header(acknowledged: int, payload: Payload) -> Tensor:
-    """The header of `payload`: int64 [_HEADER_SIZE].
-
-    Raises:
-        ValueError: more tensors or dimensions than a header holds, or an unknown dtype.
-    """
-    if len(payload) > MAX_TENSORS:
-        raise ValueError(f"a message holds at most {MAX_TENSORS} tensors, got {len(payload)}")
-    values = [acknowledged, len(payload)]
-    for tensor in payload:
-        if tensor is None:
-            values += [0] * _FIELDS
-            continue
-        if tensor.dim() > MAX_DIMS:
-            raise ValueError(
-                f"a message's tensors have at most {MAX_DIMS} dims, got {tensor.dim()}"
-            )
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"tensors of {tensor.dtype} cannot be sent between stages")
-        dims = [*tensor.shape, *([0] * (MAX_DIMS - tensor.dim()))]
-        dtype = _DTYPES.index(tensor.dtype)
-        values += [1, int(tensor.requires_grad), dtype, tensor.dim(), *dims]
-    values += [0] * (_HEADER_SIZE - len(values))
-    return torch.tensor(values, dtype=torch.int64)
-
-
-def decode_header(header: Tensor) -> tuple[int, Specs, tuple[bool, ...]]:
-    """(acknowledged messages, specs, which tensors require grad) of an encoded header."""
-    values: list[int] = header.tolist()
-    specs: list[TensorSpec | None] = []
-    requires_grad: list[bool] = []
-    for i in range(values[1]):
-        present, needs_grad, dtype, dims, *shape = values[2 + i * _FIELDS : 2 + (i + 1) * _FIELDS]
-        specs.append(TensorSpec(_DTYPES[dtype], tuple(shape[:dims])) if present else None)
-        requires_grad.append(bool(needs_grad))
-    return values[0], tuple(specs), tuple(requires_grad)
-
-
-def _specs(payload: Payload) -> Specs:
-    return tuple(None if t is None else TensorSpec(t.dtype, tuple(t.shape)) for t in payload)
 
 
 class _SpecMemory:
@@ -146,9 +73,7 @@ class _Posted:
 
     index: int
     message: Message
-    header: Tensor
-    header_work: Any
-    buffers: Payload
+    frame: Frame
     works: list[Any]
 
 
@@ -189,8 +114,11 @@ class Transport:
     Args:
         rank: this process's global rank.
         groups: of each directed channel (source, destination) of global ranks that touches this
-        rank. device: where payloads live. timeout_s: limit of each wait, seconds. lookahead:
-        messages received ahead on each channel, at least 1. board: where waits are announced.
+            rank.
+        device: where payloads live.
+        timeout_s: limit of each wait, seconds.
+        lookahead: messages received ahead on each channel, at least 1.
+        board: where waits are announced.
     """
 
     def __init__(
@@ -225,10 +153,8 @@ class Transport:
         """Start a step: what will come from each source rank, in the order of its sending."""
         for source, messages in incoming.items():
             channel = self._incoming[source]
-            if channel.to_post or channel.posted or channel.arrived:
-                raise RuntimeError(
-                    "an earlier step ended with an error and its messages are lost; make a new one"
-                )
+            left_over = [*channel.to_post, *channel.posted, *channel.arrived]
+            assert not left_over, "the step before did not end"
             channel.to_post.extend(messages)
             while channel.to_post and len(channel.posted) < self._lookahead:
                 self._post(source, channel)
@@ -240,25 +166,27 @@ class Transport:
         """
         channel = self._outgoing[destination]
         back = self._incoming.get(destination)
-        header = encode_header(back.num_received if back else 0, payload)
-        tensors = [t.detach().contiguous() for t in payload if t is not None]
         expected = channel.memory.expected(channel.num_sent, message.name)
-        specs = _specs(payload)
-        ahead, late = tensors, []
-        if expected != specs:
-            late = tensors
-            ahead = [
-                torch.zeros(s.shape, dtype=s.dtype, device=self._device) for s in expected if s
-            ]
+        specs = specs_of(payload)
+        frame = Frame(expected, self._device)
+        frame.header.copy_(encode_header(back.num_received if back else 0, payload))
+        late: list[Tensor] = []
+        if specs == expected:
+            frame.fill(payload)
+        else:
+            late = [t.detach().contiguous() for t in payload if t is not None]
         groups = channel.groups
         try:
-            works = [dist.isend(header, destination, groups.ahead, _HEADER_TAG)]
-            works += [dist.isend(t, destination, groups.ahead, _AHEAD_TAG) for t in ahead]
-            works += [dist.isend(t, destination, groups.late, _LATE_TAG) for t in late]
+            works = [
+                dist.isend(as_bytes(t), destination, groups.ahead, _AHEAD_TAG if i else _HEADER_TAG)
+                for i, t in enumerate(frame.transfers)
+            ]
+            works += [dist.isend(as_bytes(t), destination, groups.late, _LATE_TAG) for t in late]
         except RuntimeError as error:
             raise self._error(f"sending {message}", destination, error) from error
         channel.memory.record(channel.num_sent, message.name, specs)
-        channel.in_flight.append((channel.num_sent, works, [header, *ahead, *late]))
+        self._let_go_completed(channel)
+        channel.in_flight.append((channel.num_sent, works, [*frame.transfers, *late]))
         channel.num_sent += 1
 
     def receive(self, source: int, message: Message) -> Payload:
@@ -286,59 +214,44 @@ class Transport:
                         work, "the end of a transfer", destination, payload=work is not works[0]
                     )
 
-    @property
-    def num_in_flight(self) -> int:
-        """Messages sent and not yet known to have been taken."""
-        return sum(len(channel.in_flight) for channel in self._outgoing.values())
-
     def _post(self, source: int, channel: _Incoming) -> None:
         message = channel.to_post.popleft()
-        header = torch.empty(_HEADER_SIZE, dtype=torch.int64)
-        header_work = self._irecv(header, source, channel.groups.ahead, _HEADER_TAG, message)
-        expected = channel.memory.expected(channel.num_posted, message.name)
-        buffers, works = self._receive_into(
-            expected, source, channel.groups.ahead, _AHEAD_TAG, message
-        )
-        channel.posted.append(
-            _Posted(channel.num_posted, message, header, header_work, buffers, works)
-        )
+        frame = Frame(channel.memory.expected(channel.num_posted, message.name), self._device)
+        works = [
+            self._irecv(t, source, channel.groups.ahead, _AHEAD_TAG if i else _HEADER_TAG, message)
+            for i, t in enumerate(frame.transfers)
+        ]
+        channel.posted.append(_Posted(channel.num_posted, message, frame, works))
         channel.num_posted += 1
 
     def _complete(self, source: int, channel: _Incoming, posted: _Posted) -> Payload:
-        self._wait(posted.header_work, str(posted.message), source)
-        acknowledged, specs, requires_grad = decode_header(posted.header)
+        message, frame = posted.message, posted.frame
+        self._wait(posted.works[0], str(message), source)
+        acknowledged, specs, requires_grad = decode_header(frame.header)
         self._release_acknowledged(source, acknowledged)
-        for work in posted.works:
-            self._wait(work, str(posted.message), source, payload=True)
-        buffers = posted.buffers
-        if _specs(buffers) != specs:
-            buffers, works = self._receive_into(
-                specs, source, channel.groups.late, _LATE_TAG, posted.message
-            )
+        for work in posted.works[1:]:
+            self._wait(work, str(message), source, payload=True)
+        tensors = frame.tensors
+        if specs_of(tensors) != specs:
+            tensors = empty_payload(specs, self._device)
+            group = channel.groups.late
+            works = [
+                self._irecv(t, source, group, _LATE_TAG, message) for t in tensors if t is not None
+            ]
             for work in works:
-                self._wait(work, str(posted.message), source, payload=True)
-        channel.memory.record(posted.index, posted.message.name, specs)
+                self._wait(work, str(message), source, payload=True)
+        channel.memory.record(posted.index, message.name, specs)
         channel.num_received += 1
-        for buffer, needs_grad in zip(buffers, requires_grad, strict=True):
-            if buffer is not None:
-                buffer.requires_grad_(needs_grad)
-        return buffers
-
-    def _receive_into(
-        self, specs: Specs, source: int, group: dist.ProcessGroup, tag: int, message: Message
-    ) -> tuple[Payload, list[Any]]:
-        buffers = tuple(
-            None if s is None else torch.empty(s.shape, dtype=s.dtype, device=self._device)
-            for s in specs
-        )
-        works = [self._irecv(b, source, group, tag, message) for b in buffers if b is not None]
-        return buffers, works
+        for tensor, needs_grad in zip(tensors, requires_grad, strict=True):
+            if tensor is not None:
+                tensor.requires_grad_(needs_grad)
+        return tensors
 
     def _irecv(
         self, buffer: Tensor, source: int, group: dist.ProcessGroup, tag: int, message: Message
     ) -> Any:
         try:
-            return dist.irecv(buffer, source, group, tag)
+            return dist.irecv(as_bytes(buffer), source, group, tag)
         except RuntimeError as error:
             raise self._error(f"waiting for {message}", source, error) from error
 
@@ -353,6 +266,17 @@ class Transport:
             in_flight.popleft()
             for work in works:
                 self._wait(work, "the end of a transfer", destination, payload=work is not works[0])
+
+    def _let_go_completed(self, channel: _Outgoing) -> None:
+        """On CUDA, drop tensors whose transfer has completed; their headers wait for the peer's.
+
+        gloo tells completion only to who waits for it, so CPU tensors stay until acknowledged.
+        """
+        if self._device.type != "cuda":
+            return
+        for _, works, tensors in channel.in_flight:
+            if len(tensors) > 1 and all(work.is_completed() for work in works[1:]):
+                del tensors[1:]
 
     def _wait(self, work: Any, what: str, peer: int, *, payload: bool = False) -> None:
         try:

@@ -36,9 +36,9 @@ class StepResult:
     """What one optimizer step gave, the same on every rank.
 
     Attributes:
-        losses: "main", "mtp" and "balance", mean over the global batch; the first in nats per
-        token. grad_norm: of all parameters, before clipping. loads: tokens that each routed expert
-        got in this step, by name of the layer's router.
+        losses: "main", "mtp" and "balance", mean over the global batch; "main" in nats per token.
+        grad_norm: of all parameters, before clipping.
+        loads: tokens that each routed expert got in this step, by name of the layer's router.
     """
 
     losses: dict[str, float]
@@ -153,10 +153,10 @@ class Engine:
         """
         for part in self.parts.values():
             part.mtp_loss_weight = mtp_weight
-        self.optimizer.zero_grad()
         self.gradients(inputs, targets)
         with self.pipeline.at("sums over the whole mesh"):
-            norm = clip_by_global_norm(self.parameters.items(), self._owned, max_norm)
+            board = self.mesh.waits
+            norm = clip_by_global_norm(self.parameters.items(), self._owned, max_norm, board=board)
             losses = self._mean_over_dp(self.pipeline.report.losses)
             if not norm < float("inf"):
                 raise ValueError(
@@ -168,7 +168,10 @@ class Engine:
 
     def gradients(self, inputs: Tensor, targets: Tensor) -> None:
         """Forward and backward: `.grad` becomes the gradient of the global batch's mean loss."""
-        self.pipeline.step(inputs, targets)
+        self.optimizer.zero_grad()
+        for router in self._routers.values():
+            router.load_E.zero_()
+        self.pipeline.step(inputs, targets, sum_replicas=False)
         # Experts have seen the tokens of all ranks of their group, so theirs are sums over ep
         # already.
         scale = 1.0 / self.mesh.shape.dp
@@ -177,6 +180,10 @@ class Engine:
         with self.pipeline.at("mean of the gradients over data-parallel ranks"):
             sum_gradients(dense, self.mesh.dp_group, scale=scale, board=self.mesh.waits)
             sum_gradients(routed, self.mesh.edp_group, scale=scale, board=self.mesh.waits)
+        # Last, because two addends give the same bits on both holders, whatever order a backend
+        # sums a larger group in.
+        with self.pipeline.at("sum of the gradients of replicas"):
+            self.pipeline.replicas.sum()
 
     def evaluate(self, inputs: Tensor, targets: Tensor) -> float:
         """Mean cross-entropy of the next token over the global batch, nats."""
@@ -209,7 +216,6 @@ class Engine:
         loads = torch.zeros(shape, dtype=torch.int64, device=self._device)
         for name, router in self._routers.items():
             loads[self._router_rows[name]] = router.load_E
-            router.load_E.zero_()
         # The world holds every token of a layer once: replicas of a stage see different
         # micro-batches.
         world = dist.group.WORLD if dist.is_initialized() else None

@@ -17,6 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..comm.collectives import sum_over
+from ..comm.waiting import WaitBoard
+
 _log = logging.getLogger(__name__)
 
 
@@ -128,6 +131,8 @@ def clip_by_global_norm(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     owned: Container[str],
     max_norm: float,
+    *,
+    board: WaitBoard | None = None,
 ) -> float:
     """Scale the gradients of the whole model to a norm of at most `max_norm`; a collective.
 
@@ -137,16 +142,19 @@ def clip_by_global_norm(
             the model must be owned exactly once: of replicas (dp, stages held twice, tied weights,
             experts over dp / ep) by one rank, of sharded experts by each shard's.
         max_norm: the limit; 0 measures only.
+        board: where the wait is announced.
 
     Returns:
         The norm before scaling, of every rank the same: summed in float64 over the world, or over
         this process where torch.distributed is not initialised. Where it is not finite, nothing is
         scaled, and the ranks that own a parameter whose gradient is at fault log its name.
+
+    Raises:
+        CommError: another rank is gone or did not answer in time.
     """
-    parameters = [(name, p) for name, p in named_parameters if p.grad is not None]
-    device = parameters[0][1].device if parameters else torch.device("cpu")
-    if not parameters and torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
+    named = list(named_parameters)
+    device = next((p.device for _, p in named), torch.device("cpu"))
+    parameters = [(name, p) for name, p in named if p.grad is not None]
     squares = {
         name: torch.linalg.vector_norm(p.grad, dtype=torch.float64).square()
         for name, p in parameters
@@ -155,8 +163,8 @@ def clip_by_global_norm(
     total = torch.zeros((), dtype=torch.float64, device=device)
     for square in squares.values():
         total += square
-    if dist.is_initialized():
-        dist.all_reduce(total)
+    world = dist.group.WORLD if dist.is_initialized() else None
+    sum_over(total, world, "the gradient norm", board=board)
     norm = math.sqrt(total.item())
     if not math.isfinite(norm):
         bad = [name for name, square in squares.items() if not torch.isfinite(square)]

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from counterflow import __version__  # the root package is no room, so no relative import finds it
 
+from ..comm.collectives import gather, sum_over
 from ..model import num_active_parameters, num_parameters
 from ..parallel.mesh import Mesh
 from ..parallel.schedule import Schedule
 from ..parallel.schedule.text_form import to_text
-from ..parallel.timeline import Span
 from .check import open_data, step_schedules
 from .config import Config
 from .data import Loader, unigram_entropy
@@ -49,15 +49,30 @@ def train(config: Config, folder: Path) -> None:
         ValueError: the configuration, the data or a step's numbers are unusable.
         CommError: another rank is gone or did not answer in time.
     """
-    with _world(config) as device:
-        shape = config.mesh
-        mesh = Mesh.create(shape, timeout_s=config.run.timeout_s)
+    where = _Whereabouts()
+    with SignalWatch(where.line), _world(config) as device:
+        where.doing = "making the process groups"
+        mesh = Mesh.create(config.mesh, timeout_s=config.run.timeout_s)
+        where.doing = "building the model"
         run = _Run(config, mesh, device, folder)
-        with SignalWatch(run.where):
-            run.all_steps()
-            result = run.finish()
+        where.run = run
+        run.all_steps()
+        result = run.finish()
         if mesh.rank == 0:
             _conclude(folder, result)
+
+
+class _Whereabouts:
+    """What this rank is doing, for whoever ends it."""
+
+    def __init__(self) -> None:
+        self.doing = "joining the other ranks"
+        self.run: _Run | None = None
+
+    def line(self) -> str:
+        if self.run is not None:
+            return self.run.where()
+        return f"rank {os.environ.get('RANK', '?')}, before the first step, {self.doing}"
 
 
 @contextmanager
@@ -191,8 +206,8 @@ class _Run:
         schedule = self.schedules[count]
         if schedule is not self.engine.pipeline.schedule:
             self.engine.pipeline.use(schedule)
-        if step + 1 == train.steps and self.mesh.pp_group is not None:
-            dist.barrier(group=self.mesh.pp_group)  # so that the timeline's clocks begin together
+        if step + 1 == train.steps:  # whose timeline is kept: let its clocks begin together
+            self._wait_for_all("the ranks of the pipeline")
         inputs, targets = self._batch(self.loader, count)
         result = self.engine.step(
             inputs,
@@ -204,12 +219,25 @@ class _Run:
         )
         return result, inputs.numel() * self.mesh.shape.dp
 
+    def _wait_for_all(self, what: str) -> None:
+        with self.engine.pipeline.at("start together"):
+            mark = torch.zeros(1, device=self.device)
+            sum_over(mark, self.mesh.pp_group, what, board=self.mesh.waits)
+            mark.item()
+
     def _validate(self) -> float:
-        """Mean loss on the same held-out sequences every time."""
+        """Mean loss on the same held-out sequences every time, whatever the batch-size ramp."""
+        pipeline = self.engine.pipeline
+        training = pipeline.schedule
+        if training is not self.full:
+            pipeline.use(self.full)
         loader = self._loader(self.corpus.validation)
-        count = self.engine.pipeline.schedule.num_microbatches
+        count = self.full.num_microbatches
         batches = [self._batch(loader, count) for _ in range(self.config.train.eval_batches)]
-        return float(np.mean([self.engine.evaluate(*batch) for batch in batches]))
+        losses = [self.engine.evaluate(*batch) for batch in batches]
+        if training is not self.full:
+            pipeline.use(training)
+        return float(np.mean(losses))
 
     def _loader(self, stream: Any) -> Loader:
         config, mesh = self.config, self.mesh
@@ -259,10 +287,8 @@ class _Run:
     def _write_timeline(self) -> None:
         """The last step as the ranks of the first pipeline ran it."""
         spans = self.engine.pipeline.last_step_spans()
-        gathered: list[list[Span] | None] = [spans]
-        if self.mesh.pp_group is not None:
-            gathered = [None] * self.mesh.shape.pp
-            dist.all_gather_object(gathered, spans, group=self.mesh.pp_group)
+        with self.engine.pipeline.at("gathering the timeline"):
+            gathered = gather(spans, self.mesh.pp_group, "timelines", board=self.mesh.waits)
         if self.mesh.rank == 0:
             rows = [
                 [
@@ -272,7 +298,7 @@ class _Run:
                         "end_ms": round(span.end_ms, 4),
                         "waited_ms": round(span.waited_ms, 4),
                     }
-                    for span in row or []
+                    for span in row
                 ]
                 for row in gathered
             ]

@@ -8,7 +8,7 @@ dp / ep groups, as DeepSeek-V3 does (PP16, EP64, DP128; arXiv 2412.19437, sectio
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, cast
@@ -145,6 +145,7 @@ class Mesh:
         self.ep_group: ProcessGroup | None = None
         self.edp_group: ProcessGroup | None = None
         self.waits = WaitBoard()
+        self._made: dict[tuple[str, tuple[int, ...]], ProcessGroup | None] = {}
 
     @property
     def node(self) -> int:
@@ -182,17 +183,10 @@ class Mesh:
         shape.require_world_size(dist.get_world_size())
         rank = dist.get_rank()
         mesh = cls(shape, rank, nodes if nodes is not None else _nodes_of_world())
-        limit = timedelta(seconds=timeout_s)
 
         def group(peers_of: str) -> ProcessGroup | None:
-            # Every rank makes every group, in one order: new_group is a collective of the world.
-            mine = None
-            for peers in sorted({getattr(shape, peers_of)(r) for r in range(shape.world_size)}):
-                if len(peers) > 1:
-                    made = dist.new_group(list(peers), timeout=limit)
-                    if rank in peers:  # elsewhere `made` is a mark, not a group
-                        mine = cast("ProcessGroup", made)
-            return mine
+            every = {getattr(shape, peers_of)(r) for r in range(shape.world_size)}
+            return mesh._make_group(sorted(every), timeout_s)
 
         mesh.pp_group = group("pp_peers")
         mesh.dp_group = group("dp_peers")
@@ -200,6 +194,49 @@ class Mesh:
         mesh.ep_group = group("ep_peers")
         mesh.edp_group = mesh.dp_group if shape.ep == 1 else group("edp_peers")
         return mesh
+
+    def groups_within_pipelines(
+        self, sets: Iterable[tuple[int, ...]], purpose: str, *, timeout_s: float = 300.0
+    ) -> dict[tuple[int, ...], ProcessGroup]:
+        """Process groups of sets of pipeline ranks, of this rank's own pipeline.
+
+        A collective of the world: every rank asks for the same sets in the same order of calls.
+        (torch's local synchronisation is no way out: it names a group by how many groups a rank has
+        made already.) Groups once made are kept, by purpose.
+
+        Args:
+            sets: of pipeline ranks, each ascending; all that any rank needs.
+            purpose: groups of different purposes are different, even of the same ranks.
+            timeout_s: limit of every collective in the groups, seconds.
+
+        Returns:
+            The group of each set that this rank is in.
+        """
+        shape = self.shape
+        for ranks in sorted(set(sets)):
+            if (purpose, ranks) not in self._made:
+                alike = [tuple(shape.rank(p, d) for p in ranks) for d in range(shape.dp)]
+                self._made[purpose, ranks] = self._make_group(alike, timeout_s)
+        found = ((ranks, self._made[purpose, ranks]) for ranks in sorted(set(sets)))
+        return {ranks: group for ranks, group in found if group is not None}
+
+    def _make_group(
+        self, every: Iterable[tuple[int, ...]], timeout_s: float
+    ) -> ProcessGroup | None:
+        """Make a group of each of these, none of one rank; returns the one that this rank is in."""
+        import torch.distributed as dist
+
+        # Headers of CUDA transfers are CPU tensors, which need gloo beside NCCL.
+        backend = "cpu:gloo,cuda:nccl" if dist.get_backend() == "nccl" else None
+        mine = None
+        # Every rank makes every group, in one order: new_group is a collective of the world.
+        for ranks in every:
+            if len(ranks) > 1:
+                limit = timedelta(seconds=timeout_s)
+                made = dist.new_group(list(ranks), timeout=limit, backend=backend)
+                if self.rank in ranks:  # elsewhere `made` is a mark, not a group
+                    mine = cast("ProcessGroup", made)
+        return mine
 
 
 def node_of_process(environ: Mapping[str, str] = os.environ) -> int:

@@ -10,22 +10,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..comm.collectives import sum_over
 from ..comm.errors import CommError
-from ..comm.p2p import ChannelGroups, Message, Payload, Transport
+from ..comm.messages import Message, Payload
+from ..comm.p2p import Transport
+from .channels import channel_groups
 from .mesh import Mesh
 from .replicas import Replicas, Ties
 from .schedule import Action, Op, Schedule, actions, forward_only, verify
 from .stage import LossFn, StageRunner
 from .timeline import Span, Stopwatch
-from .transfers import activation, gradient, receives, sends
+from .transfers import activation, gradient, receives
+
+_BETWEEN = "between steps"
 
 
 class PipelineError(CommError):
@@ -33,17 +35,22 @@ class PipelineError(CommError):
 
     Attributes:
         rank: global rank of this process.
-        step: which run of a schedule by this Pipeline, from 0.
-        action: the action under way, such as "1F3", or what followed the last one.
+        step: the training step under way, from 0: calls of `Pipeline.step` before it.
+        position: "action 1F3", or what the rank did outside its row.
         peers: global ranks that were waited for.
     """
 
-    def __init__(self, rank: int, step: int, action: str, cause: CommError) -> None:
-        what = str(cause).removeprefix(f"rank {rank}: ")
-        super().__init__(f"rank {rank}, step {step}, {action}: {what}", peers=cause.peers)
+    def __init__(
+        self, rank: int, step: int, position: str, reason: str, peers: Sequence[int] = ()
+    ) -> None:
+        super().__init__(f"rank {rank}, step {step}, {position}: {reason}", peers=peers)
         self.rank = rank
         self.step = step
-        self.action = action
+        self.position = position
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:  # so that it can be sent to another process
+        return type(self), (self.rank, self.step, self.position, self.reason, self.peers)
 
 
 @dataclass
@@ -77,15 +84,22 @@ class Pipeline:
         schedule: verified here.
         mesh: this rank's place; `schedule` has mesh.shape.pp ranks.
         loss_fn: `loss_fn(output, ..., target, ...) -> 0-dim tensor`, needed where the last stage
-        is. tied: sets of (stage, parameter name) that are one parameter; its gradients are summed
-        over
+            is; with a parameter `chunk` it gets that too.
+        tied: sets of (stage, parameter name) that are one parameter; its gradients are summed over
             all ranks that hold it.
         loss_names: names of the auxiliary losses that stages add with `chunk.add_loss`.
         timeout_s: limit of every wait, seconds.
-        lookahead: messages received ahead of their use from each peer.
+        lookahead: messages received ahead of their use from each peer; the same on all ranks.
+        device: where stages compute and messages live; None for that of the stages' tensors.
+        separate_channels: give each channel process groups of its own; None for where tensors are
+            on CUDA, which needs them.
+
+    Every rank of the world makes its Pipeline at the same time: process groups are made, and
+    replicas compared.
 
     Raises:
-        ValueError: the schedule is wrong (ScheduleError), or does not fit the mesh or the stages.
+        ValueError: the schedule is wrong (ScheduleError), does not fit the mesh or the stages, or
+            replicas begin with different values.
     """
 
     def __init__(
@@ -99,22 +113,28 @@ class Pipeline:
         loss_names: Sequence[str] = (),
         timeout_s: float = 300.0,
         lookahead: int = 2,
+        device: torch.device | None = None,
+        separate_channels: bool | None = None,
     ) -> None:
         verify(schedule)
         self.mesh = mesh
         self.modules = _by_stage(stages, schedule, mesh)
-        self.loss_names = ("main", *loss_names)
+        self.loss_names = _distinct(("main", *loss_names))
         self.report = self._last_step = StepReport()
-        self.num_steps = 0
-        self.position = "before the first action"
+        self.step_index = -1
+        self.position = _BETWEEN
         self._last = schedule.num_stages - 1
         if self._last in self.modules and loss_fn is None:
             raise ValueError(f"this rank holds the last stage, {self._last}: loss_fn is needed")
         self._loss_fn = loss_fn
         self._set_schedule(schedule)
-        self._device = _device_of(self.modules.values())
+        self._device = device or _device_of(self.modules.values())
+        if separate_channels is None:
+            separate_channels = self._device.type == "cuda"
+        groups = channel_groups(
+            schedule, mesh, separate=separate_channels, device=self._device, timeout_s=timeout_s
+        )
         self.replicas = Replicas(self.modules, schedule.placement, mesh, tied, timeout_s=timeout_s)
-        groups = _channel_groups(schedule, mesh, self._device, timeout_s)
         self._transport = Transport(
             mesh.rank,
             groups,
@@ -123,6 +143,7 @@ class Pipeline:
             lookahead=lookahead,
             board=mesh.waits,
         )
+        self._failed = ""
         self._arrived_locally: dict[Message, Payload] = {}
 
     def use(self, schedule: Schedule) -> None:
@@ -142,15 +163,22 @@ class Pipeline:
     def _set_schedule(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self._forward_only = forward_only(schedule)
+        peers = self.mesh.shape.pp_peers(self.mesh.rank)
+        self._incoming = {
+            plan.name: {peers[r]: ms for r, ms in receives(plan, self.mesh.pp_rank).items()}
+            for plan in (schedule, self._forward_only)
+        }
         self._runners = _runners(self.modules, schedule, self.mesh.pp_rank, self._loss_fn)
 
-    def step(self, batch: Any = None, targets: Any = None) -> Tensor:
+    def step(self, batch: Any = None, targets: Any = None, *, sum_replicas: bool = True) -> Tensor:
         """Forward and backward of one batch; gradients are added to the parameters' `.grad`.
 
         Args:
             batch: a tensor or a tuple of tensors, [N, ...] with N a multiple of the number of
                 micro-batches, which are slices of it in order. Needed where stage 0 is.
             targets: likewise, for the loss; needed where the last stage is.
+            sum_replicas: False leaves each holder of a replicated parameter with its own share; the
+                caller then calls `replicas.sum()` before the update.
 
         Returns:
             The loss, 0-dim float64, the same on every rank of the pipeline: the mean over
@@ -158,35 +186,60 @@ class Pipeline:
             summed over the holders of a replicated parameter.
 
         Raises:
-            ValueError: the batch does not divide, or a stage returned something unusable.
+            ValueError: the batch does not divide, a stage returned something unusable, or the
+                schedule only runs forward. Gradients of earlier steps are kept.
             PipelineError: a peer is gone or a wait took longer than `timeout_s`.
         """
-        earlier = self.replicas.set_aside()
-        losses = self._run(self.schedule, batch, targets, training=True)
-        self._last_step = self.report
-        with self.at("sum of the gradients of replicas"):
-            self.replicas.sum(earlier)
-        return self._finish(losses)
+        if not self.schedule.has_backward:
+            raise ValueError(f"schedule {self.schedule.name} only runs forward; call evaluate")
+        data = self._data(batch, targets)
+        self.step_index += 1
+        # Replicas have summed the gradients of earlier steps already: only this step's are summed.
+        replicated = self.replicas.parameters if sum_replicas else []
+        earlier = [parameter.grad for parameter in replicated]
+        for parameter in replicated:
+            parameter.grad = None
+        try:
+            losses = self._run(self.schedule, data, training=True)
+            self._last_step = self.report
+            if sum_replicas:
+                with self.at("sum of the gradients of replicas"):
+                    self.replicas.sum()
+            loss = self._finish(losses)
+        except BaseException:
+            for parameter, before in zip(replicated, earlier, strict=True):
+                parameter.grad = before
+            raise
+        for parameter, before in zip(replicated, earlier, strict=True):
+            if before is not None:
+                parameter.grad = before if parameter.grad is None else before.add_(parameter.grad)
+        return loss
 
     def last_step_spans(self) -> list[Span]:
         """When each step of this rank's row ran in the last training step, in order."""
         return self._last_step.spans()
 
     def evaluate(self, batch: Any = None, targets: Any = None) -> Tensor:
-        """The loss of one batch, forward only and without gradients; as `step` otherwise."""
-        return self._finish(self._run(self._forward_only, batch, targets, training=False))
+        """The loss of one batch, forward only and without gradients; as `step` otherwise.
 
-    def _run(self, schedule: Schedule, batch: Any, targets: Any, *, training: bool) -> Tensor:
+        Modules are run as they are: call their `eval()` first where dropout or the like matters.
+        """
+        return self._finish(
+            self._run(self._forward_only, self._data(batch, targets), training=False)
+        )
+
+    def _run(self, schedule: Schedule, data: _Data, *, training: bool) -> Tensor:
         """Walk this rank's row; returns float64 losses [name, micro-batch], zero where not ours."""
-        inputs = self._microbatches(batch, "batch", 0)
-        targets = self._microbatches(targets, "targets", self._last)
-        run = _Run(self, inputs, targets, training)
+        if self._failed:
+            raise RuntimeError(
+                "this Pipeline cannot go on, its messages are lost, and so are those of others on "
+                f"the same mesh: start the processes again. It failed earlier: {self._failed}"
+            )
+        run = _Run(self, data, training)
         self.report = StepReport(stopwatch=run.stopwatch)
-        peers = self.mesh.shape.pp_peers(self.mesh.rank)
         try:
             with self.at("start"):
-                incoming = receives(schedule, self.mesh.pp_rank)
-                self._transport.begin({peers[r]: messages for r, messages in incoming.items()})
+                self._transport.begin(self._incoming[schedule.name])
             for step in schedule.rows[self.mesh.pp_rank]:
                 with self.at(f"action {step}"):
                     run.stopwatch.begin_step(step)
@@ -195,6 +248,9 @@ class Pipeline:
                     run.stopwatch.end_step()
             with self.at("end of the schedule"):
                 self._transport.flush()
+        except BaseException as error:
+            self._failed = str(error) or type(error).__name__
+            raise
         finally:
             self._arrived_locally.clear()
             for runner in self._runners.values():
@@ -206,12 +262,19 @@ class Pipeline:
             sum_over(losses, self.mesh.pp_group, "the losses", board=self.mesh.waits)
         means = losses.mean(1)
         self.report.losses = dict(zip(self.loss_names, means.tolist(), strict=True))
-        self.num_steps += 1
         return means.sum()
 
+    def _data(self, batch: Any, targets: Any) -> _Data:
+        return _Data(
+            self._microbatches(batch, "batch", 0),
+            self._microbatches(targets, "targets", self._last),
+        )
+
     def _microbatches(self, data: Any, what: str, stage: int) -> list[tuple[Tensor, ...]]:
-        if stage not in self.modules:
+        if data is None and stage not in self.modules:
             return []
+        # Checked where it is not needed too: what is wrong on one rank mostly is wrong on all, and
+        # then no rank begins to wait for another.
         tensors = data if isinstance(data, tuple) else (data,)
         num = self.schedule.num_microbatches
         for tensor in tensors:
@@ -225,37 +288,45 @@ class Pipeline:
                     f"{what}: shape {list(tensor.shape)} does not divide into {num} micro-batches; "
                     f"its first dimension must be a multiple of {num}"
                 )
+        if stage not in self.modules:
+            return []
         return list(zip(*(tensor.chunk(num) for tensor in tensors), strict=True))
 
     @contextmanager
     def at(self, position: str) -> Iterator[None]:
-        """Errors within are told where they happened."""
-        self.position = position
+        """Within this context errors are told with the rank, the step and this position."""
+        before, self.position = self.position, position
+        rank = self.mesh.rank
         try:
             yield
-        except CommError as error:
-            raise PipelineError(self.mesh.rank, self.num_steps, position, error) from error
-        except Exception as error:
-            error.add_note(f"rank {self.mesh.rank}, step {self.num_steps}, {position}")
+        except PipelineError:
             raise
+        except CommError as error:
+            reason = str(error).removeprefix(f"rank {rank}: ")
+            raise PipelineError(rank, self.step_index, position, reason, error.peers) from error
+        except Exception as error:
+            error.add_note(f"rank {rank}, step {self.step_index}, {position}")
+            raise
+        # After an error the position stays, for whoever tells of it.
+        self.position = before
+
+
+class _Data(NamedTuple):
+    """The micro-batches of a step; empty lists where this rank needs none."""
+
+    inputs: list[tuple[Tensor, ...]]
+    targets: list[tuple[Tensor, ...]]
 
 
 class _Run:
     """One walk over a row: executes actions for its Pipeline."""
 
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        inputs: list[tuple[Tensor, ...]],
-        targets: list[tuple[Tensor, ...]],
-        training: bool,
-    ) -> None:
+    def __init__(self, pipeline: Pipeline, data: _Data, training: bool) -> None:
         self._pipeline = pipeline
         self._placement = pipeline.schedule.placement
         self._rank = pipeline.mesh.pp_rank
         self._peers = pipeline.mesh.shape.pp_peers(pipeline.mesh.rank)
-        self._inputs = inputs
-        self._targets = targets
+        self._inputs, self._targets = data
         self._training = training
         num = pipeline.schedule.num_microbatches
         self._loss_scale = 1.0 / num
@@ -364,30 +435,9 @@ def _device_of(modules: Iterable[nn.Module]) -> torch.device:
     return next((t.device for t in tensors), torch.device("cpu"))
 
 
-def _channel_groups(
-    schedule: Schedule, mesh: Mesh, device: torch.device, timeout_s: float
-) -> dict[tuple[int, int], ChannelGroups]:
-    """The process groups of each directed channel of this rank, by global ranks."""
-    if mesh.pp_group is None:
-        return {}
-    peers = mesh.shape.pp_peers(mesh.rank)
-    neighbours = {d for d, _ in sends(schedule, mesh.pp_rank)} | set(
-        receives(schedule, mesh.pp_rank)
-    )
-    me = mesh.pp_rank
-    channels = sorted({(me, n) for n in neighbours} | {(n, me) for n in neighbours})
-    result: dict[tuple[int, int], ChannelGroups] = {}
-    for source, destination in channels:
-        ends = peers[source], peers[destination]
-        if device.type == "cuda":
-            result[ends] = ChannelGroups(*(_group_of(ends, timeout_s) for _ in range(2)))
-        else:
-            result[ends] = ChannelGroups(mesh.pp_group, mesh.pp_group)
-    return result
-
-
-def _group_of(ends: tuple[int, int], timeout_s: float) -> dist.ProcessGroup:
-    limit = timedelta(seconds=timeout_s)
-    group = dist.new_group(sorted(ends), timeout=limit, use_local_synchronization=True)
-    assert isinstance(group, dist.ProcessGroup)  # this rank is one of the two
-    return group
+def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f'loss_names={list(names[1:])}: names must differ, and "main" is loss_fn\'s'
+        )
+    return names

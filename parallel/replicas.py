@@ -8,12 +8,12 @@ beside the head). Both are one thing here: a set of ranks that hold the same par
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import timedelta
 
-import torch.distributed as dist
-from torch import Tensor, nn
+import torch
+from torch import nn
 from torch.nn import Parameter
 
+from ..comm.collectives import sum_over
 from .gradients import sum_gradients
 from .mesh import Mesh
 from .schedule import Placement
@@ -45,8 +45,8 @@ class Replicas:
         timeout_s: limit of a sum, seconds.
 
     Raises:
-        ValueError: a tie names what is not there, or two stages of this rank hold separate tensors
-            for one tied parameter.
+        ValueError: a tie names what is not there, two stages of this rank hold separate tensors
+            for one tied parameter, or ranks begin with different values of one parameter.
     """
 
     def __init__(
@@ -65,47 +65,59 @@ class Replicas:
         for stage, parameters in named.items():
             for name, parameter in parameters.items():
                 ranks, place = holders(placement, tied, (stage, name))
-                if len(ranks) > 1 and parameter.requires_grad:
-                    known = self.by_ranks.setdefault(ranks, {}).setdefault(place, parameter)
-                    _require_same(known, parameter, place, (stage, name))
-        peers = mesh.shape.pp_peers(mesh.rank)
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        for ranks in sorted(self.by_ranks):
-            group = dist.new_group(
-                [peers[p] for p in ranks],
-                timeout=timedelta(seconds=timeout_s),
-                use_local_synchronization=True,  # only the holders take part
-            )
-            assert isinstance(group, dist.ProcessGroup)  # this rank is one of them
-            self._groups[ranks] = group
+                known = self.by_ranks.setdefault(ranks, {}).setdefault(place, parameter)
+                _require_same(known, parameter, place, (stage, name))
+        self.by_ranks = {ranks: held for ranks, held in self.by_ranks.items() if len(ranks) > 1}
+        self._groups = mesh.groups_within_pipelines(
+            _all_sets(placement, tied), "replicas", timeout_s=timeout_s
+        )
+        self._check_values()
 
     @property
     def parameters(self) -> list[Parameter]:
-        """Every replicated parameter of this rank."""
-        return [p for shared in self.by_ranks.values() for p in shared.values()]
+        """Every replicated parameter of this rank that is trained at present."""
+        return [p for ranks in sorted(self.by_ranks) for p in self._ordered(ranks)]
 
-    def set_aside(self) -> list[Tensor | None]:
-        """Take the gradients of earlier steps, which have been summed already, out of the way."""
-        earlier = [p.grad for p in self.parameters]
-        for parameter in self.parameters:
-            parameter.grad = None
-        return earlier
-
-    def sum(self, earlier: list[Tensor | None]) -> None:
-        """Sum this step's gradients over their holders, then add those set aside.
+    def sum(self) -> None:
+        """Replace every gradient by its sum over the holders.
 
         A gradient that is None on every holder stays None; where only some have one, the others
         count as zero. The result is the same on all holders, bit for bit.
+
+        Raises:
+            CommError: a holder is gone or did not answer in time.
         """
         for ranks in sorted(self.by_ranks):
             sum_gradients(self._ordered(ranks), self._groups[ranks], board=self._board)
-        for parameter, before in zip(self.parameters, earlier, strict=True):
-            if before is not None:
-                parameter.grad = before if parameter.grad is None else parameter.grad.add_(before)
 
     def _ordered(self, ranks: tuple[int, ...]) -> list[Parameter]:
-        """The parameters shared by `ranks`, in an order that all of them use."""
-        return [p for _, p in sorted(self.by_ranks[ranks].items(), key=lambda item: item[0])]
+        """The trained parameters shared by `ranks`, in an order that all of them use."""
+        held = sorted(self.by_ranks[ranks].items(), key=lambda item: item[0])
+        return [parameter for _, parameter in held if parameter.requires_grad]
+
+    def _check_values(self) -> None:
+        """Copies that start out different would stay different, and nobody would see it."""
+        for ranks, shared in sorted(self.by_ranks.items()):
+            places = sorted(shared)
+            sums = torch.stack([shared[place].detach().to(torch.float64).sum() for place in places])
+            total = sums.clone()
+            sum_over(total, self._groups[ranks], "a comparison of replicas", board=self._board)
+            # Equal addends: a sum over n of them is n times each, but for the rounding of the sum.
+            differs = (total - len(ranks) * sums).abs() > 1e-12 * total.abs() + 1e-300
+            if bool(differs.any()):
+                stage, name = places[int(differs.nonzero()[0])]
+                raise ValueError(
+                    f"parameter {name!r} of stage {stage} is held by pipeline ranks {list(ranks)} "
+                    "with different values; initialise it alike on all of them (the same seed for "
+                    "each stage)"
+                )
+
+
+def _all_sets(placement: Placement, tied: Ties) -> list[tuple[int, ...]]:
+    """Every set of ranks that hold one parameter, as every rank can tell: without any module."""
+    sets = {placement.replicas(stage) for stage in range(placement.num_stages)}
+    sets |= {holders(placement, tied, place)[0] for tie in tied for place in tie}
+    return sorted(ranks for ranks in sets if len(ranks) > 1)
 
 
 def _check_ties(

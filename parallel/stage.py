@@ -90,6 +90,10 @@ class StageRunner:
                     losses["main"] = self._checked_loss(loss)
                     outputs = ()
             for name, loss in chunk.losses:
+                if name == "main":
+                    raise ValueError(
+                        'add_loss("main", ...): that name is loss_fn\'s; choose another'
+                    )
                 losses[name] = losses[name] + loss if name in losses else loss
         if not training:
             return outputs, losses
@@ -153,9 +157,9 @@ class StageRunner:
             # part would keep all of its base alive for as long as it is under way.
             if output._base is not None and output.numel() != output._base.numel():
                 raise ValueError(
-                    f"{where}, shape {list(output.shape)}, is a view of part of a tensor of shape "
-                    f"{list(output._base.shape)}, which could not be freed while the output is "
-                    "under way; return output.clone()"
+                    f"{where}, shape {list(output.shape)}, is a view of a tensor of another size, "
+                    f"{list(output._base.shape)}, and would keep that alive while it is under way; "
+                    "return output.clone()"
                 )
         return several  # pyright: ignore[reportReturnType]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..comm.p2p import Message
+from ..comm.messages import Message
 from .schedule import Action, Op, Schedule, actions
 
 

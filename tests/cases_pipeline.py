@@ -95,6 +95,7 @@ def agrees(
     microbatches: int = 0,
     dtype: torch.dtype = torch.float64,
     block: str = "Block",
+    separate_channels: bool = False,
 ) -> dict[str, Any]:
     """Two steps with different row counts; errors against one process, and what was measured."""
     if isinstance(schedule, str):
@@ -102,7 +103,14 @@ def agrees(
     mesh, num = mesh_of(world), schedule.num_stages
     kind = {"Block": Block, "Custom": Custom}[block]
     mine = schedule.placement.stages(mesh.pp_rank)
-    pipeline = Pipeline([kind(s, num, dtype) for s in mine], schedule, mesh, loss_fn, timeout_s=60)
+    pipeline = Pipeline(
+        [kind(s, num, dtype) for s in mine],
+        schedule,
+        mesh,
+        loss_fn,
+        timeout_s=60,
+        separate_channels=separate_channels,
+    )
     whole: list[nn.Module] = [kind(s, num, dtype) for s in range(num)]
     result: dict[str, Any] = {"gradient": 0.0, "loss": 0.0, "peaks": [], "spans": []}
     for rows, length in ((2, 5), (3, 4)):  # shapes change from step to step
@@ -177,25 +185,106 @@ def mixed_payloads(rank: int, world: int, schedule: str) -> float:
     return worst
 
 
-class Frozen(nn.Module):
-    """A first stage without gradients: what it sends needs none, and nothing comes back."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3, 3, dtype=torch.float64).requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)
-
-
-def frozen_first_stage(rank: int, world: int) -> Any:
-    plan = build("1f1b", ranks=world, microbatches=4)
+def frozen_stage(rank: int, world: int, schedule: str, frozen: int) -> float:
+    """One stage has no gradients; the worst error of the others. Then it thaws: of all."""
+    plan = build(schedule, ranks=world, microbatches=4 * world)
+    num = plan.num_stages
+    mine = [Block(s, num, torch.float64) for s in plan.placement.stages(rank)]
+    whole: list[nn.Module] = [Block(s, num, torch.float64) for s in range(num)]
+    pipeline = Pipeline(mine, plan, mesh_of(world), loss_fn, timeout_s=60)
     torch.manual_seed(3)
-    module = Frozen() if rank == 0 else nn.Linear(3, 3, dtype=torch.float64)
-    pipeline = Pipeline([module], plan, mesh_of(world), lambda y, t: (y - t).square().mean())
-    batch = torch.randn(8, 3, dtype=torch.float64)
+    batch = torch.randn(2 * plan.num_microbatches, 5, 6, dtype=torch.float64)
+    targets = torch.randn(2 * plan.num_microbatches, 5, 16, dtype=torch.float64)
+    worst = 0.0
+    for trained in (False, True):
+        for stage, module in [*pipeline.modules.items(), *enumerate(whole)]:
+            module.zero_grad()
+            module.requires_grad_(trained or stage != frozen)
+        _, want = reference(whole, batch, targets, plan.num_microbatches)
+        pipeline.step(batch, targets)
+        for stage, module in pipeline.modules.items():
+            for name, parameter in module.named_parameters():
+                expected = want[stage].get(name)
+                assert (parameter.grad is None) == (expected is None), (stage, name)
+                if parameter.grad is not None and expected is not None:
+                    error = (parameter.grad - expected).norm() / expected.norm()
+                    worst = max(worst, float(error))
+    return worst
+
+
+def chained_ties(rank: int, world: int) -> Any:
+    """Stages 0 and 1 share one parameter, stages 1 and 2 another: three ranks, two groups."""
+    plan = build("1f1b", ranks=world, microbatches=4)
+    torch.manual_seed(rank)
+    layer = nn.Linear(3, 3, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.fill_(0.5)
+        layer.bias.fill_(0.25)
+    tied = [[(0, "weight"), (1, "weight")], [(1, "bias"), (2, "bias")]]
+    pipeline = Pipeline([layer], plan, mesh_of(world), lambda y, t: (y - t).mean(), tied=tied)
+    batch = torch.ones(4, 3, dtype=torch.float64)
     pipeline.step(batch, batch)
-    return [p.grad is not None for p in module.parameters()]
+    assert layer.weight.grad is not None
+    assert layer.bias.grad is not None
+    return layer.weight.grad.clone(), layer.bias.grad.clone()
+
+
+def separate_copies_of_a_tie(rank: int, world: int) -> None:
+    plan = build("dualpipev", ranks=world, microbatches=4 * world)
+    mine = [nn.Linear(2, 2) for _ in plan.placement.stages(rank)]
+    tied = [[(0, "weight"), (plan.num_stages - 1, "weight")]]
+    Pipeline(mine, plan, mesh_of(world), lambda y, t: y.mean(), tied=tied)
+
+
+def unequal_replicas(rank: int, world: int) -> None:
+    plan = build("dualpipe", ranks=world, microbatches=4)
+    torch.manual_seed(rank)
+    Pipeline([nn.Linear(2, 2), nn.Linear(2, 2)], plan, mesh_of(world), lambda y, t: y.mean())
+
+
+def accumulates(rank: int, world: int) -> dict[str, float]:
+    """Gradients of two schedules and a refused batch, beside those of one process."""
+    plan = build("dualpipe", ranks=world, microbatches=2 * world)
+    num = plan.num_stages
+    mine = [Block(s, num, torch.float64) for s in plan.placement.stages(rank)]
+    whole: list[nn.Module] = [Block(s, num, torch.float64) for s in range(num)]
+    pipeline = Pipeline(mine, plan, mesh_of(world), loss_fn, timeout_s=60)
+    errors: dict[str, float] = {}
+    want: list[dict[str, Tensor]] = []
+    for microbatches in (2 * world, 4 * world):
+        pipeline.use(build("dualpipe", ranks=world, microbatches=microbatches))
+        torch.manual_seed(microbatches)
+        batch = torch.randn(2 * microbatches, 5, 6, dtype=torch.float64)
+        targets = torch.randn(2 * microbatches, 5, 16, dtype=torch.float64)
+        _, want = reference(whole, batch, targets, microbatches)
+        pipeline.step(batch, targets)
+        errors[f"{microbatches} micro-batches"] = worst_error(pipeline, want)
+    try:
+        pipeline.step(batch[1:], targets)
+    except ValueError:
+        errors["a refused batch"] = worst_error(pipeline, want)
+    pipeline.step(batch, targets)  # it goes on after that
+    reference(whole, batch, targets, microbatches)
+    errors["one more"] = worst_error(pipeline, want)
+    return errors
+
+
+def steps_after_a_failure(rank: int, world: int) -> list[str]:
+    """A stage fails once on every rank; what the next step says."""
+
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ArithmeticError("broken stage")
+
+    plan = build("1f1b", ranks=1, microbatches=2)
+    pipeline = Pipeline([Fails()], plan, Mesh(MeshShape()), lambda y, t: y.mean())
+    said = []
+    for _ in range(2):
+        try:
+            pipeline.step(torch.ones(2, 2), torch.ones(2, 2))
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error} {getattr(error, '__notes__', '')}")
+    return said
 
 
 class Counted(nn.Module):

@@ -7,12 +7,12 @@ from datetime import timedelta
 from math import prod
 from typing import Generic, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ...parallel.mesh import Mesh
 from ..errors import CommError, backend_reason
+from ..messages import as_bytes
 from ..waiting import name_ranks
 
 T = TypeVar("T")
@@ -99,8 +99,8 @@ class ExpertGroup:
         try:
             # Bytes, because gloo does not know every dtype.
             work = dist.all_to_all_single(
-                _bytes(received),
-                _bytes(rows),
+                as_bytes(received),
+                as_bytes(rows),
                 [n * row_bytes for n in recv_splits],
                 [n * row_bytes for n in send_splits],
                 group=self._group,
@@ -129,10 +129,6 @@ class ExpertGroup:
             f"{name_ranks(self._others)}: {backend_reason(error, self._timeout_s)}",
             peers=self._others,
         )
-
-
-def _bytes(rows: Tensor) -> Tensor:
-    return rows.detach().view(-1).view(torch.uint8)
 
 
 def _row_bytes(rows: Tensor) -> int:

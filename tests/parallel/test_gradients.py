@@ -1,0 +1,23 @@
+"""Sums of gradients over a group."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import cases_gradients as cases
+from tests.ranks import RankPool
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 100, 1 << 20])
+def test_sums_are_those_of_each_parameter_whatever_the_buckets(
+    ranks: RankPool, bucket_bytes: int
+) -> None:
+    results = ranks.run(cases.sums, world=3, bucket_bytes=bucket_bytes)
+    for grads in results:
+        # Rank r has r + 1 everywhere: 1 + 2 + 3 = 6, scaled by 1/2.
+        assert grads == {
+            "float32": 3.0,
+            "float64": 3.0,
+            "on rank 1 only": 1.0,
+            "on no rank": None,
+        }
