@@ -90,7 +90,9 @@ class _Linear(torch.autograd.Function):
 
 
 def _saved_tensor_hooks_active() -> bool:
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # since torch 2.5
+    # Private, so it may go; then checkpointed modules raise, as their recomputation does not defer.
+    autograd = getattr(torch._C, "_autograd", None)
+    top = getattr(autograd, "_top_saved_tensors_default_hooks", None)
     return top is not None and top(True) is not None
 
 

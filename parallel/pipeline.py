@@ -275,7 +275,7 @@ class Pipeline:
             return []
         # Checked where it is not needed too: what is wrong on one rank mostly is wrong on all, and
         # then no rank begins to wait for another.
-        tensors = data if isinstance(data, tuple) else (data,)
+        tensors: tuple[Any, ...] = data if isinstance(data, tuple) else (data,)
         num = self.schedule.num_microbatches
         for tensor in tensors:
             if not isinstance(tensor, Tensor):

@@ -16,7 +16,15 @@ from tests.ranks import RankPool
 
 @pytest.mark.parametrize(
     ("schedule", "world", "pp", "ep"),
-    [("1f1b", 1, 1, 1), ("1f1b", 2, 2, 1), ("dualpipe", 2, 2, 1), ("dualpipe", 4, 2, 2)],
+    [
+        ("1f1b", 1, 1, 1),
+        ("1f1b", 2, 2, 1),
+        ("1f1b", 4, 4, 1),
+        ("dualpipe", 2, 2, 1),
+        ("dualpipe", 4, 2, 2),
+        ("dualpipe", 4, 4, 1),
+        ("dualpipev", 2, 2, 1),
+    ],
 )
 def test_gradients_over_nccl_equal_those_of_one_process_on_the_cpu(
     ranks: RankPool, schedule: str, world: int, pp: int, ep: int
