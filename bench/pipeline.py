@@ -1,6 +1,6 @@
 """Step time of counterflow's pipelines over gloo against torch.distributed.pipelining's.
 
-    python -m bench.pipeline [--ranks 4] [--microbatches 16] [--repeats 9]
+    python -m bench.pipeline [--ranks 2 4] [--rows 512] [--repeats 15]
 
 Every contender trains the same blocks on the same micro-batches, in the same processes, in turns:
 each round runs every contender once, so that whatever else the machine does hits all alike. A
@@ -150,23 +150,11 @@ def case(rank: int, world: int, **sizes: int) -> dict[str, Any]:
     return {"times_s": times}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--microbatches", type=int, default=16)
-    parser.add_argument("--rows", type=int, default=256, help="rows of a micro-batch")
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=9)
-    options = parser.parse_args()
-    sizes = {k: v for k, v in vars(options).items() if k != "ranks"}
+def measure(ranks: int, **sizes: int) -> dict[str, Any]:
+    """All contenders on `ranks` ranks; prints and returns medians and ratios."""
     with RankPool() as pool:
-        result = pool.run(case, world=options.ranks, timeout_s=600, **sizes)[0]
-    times: dict[str, list[float]] = result["times_s"]
-    print(
-        f"{options.ranks} ranks, {options.microbatches} micro-batches, median of {options.repeats}"
-    )
+        times = pool.run(case, world=ranks, timeout_s=900, **sizes)[0]["times_s"]
+    print(f"{ranks} ranks, {sizes['microbatches']} micro-batches of {sizes['rows']} rows")
     for name, seconds in times.items():
         print(f"  {name:26} {statistics.median(seconds) * 1e3:8.1f} ms")
     ratios = {
@@ -178,8 +166,30 @@ def main() -> None:
     for name, ratio in ratios.items():
         print(f"  {name:52} {ratio:6.3f}")
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    path = write_result("pipeline", {**vars(options), "median_s": medians, "ratios": ratios})
-    print(f"wrote {path}")
+    return {"ranks": ranks, **sizes, "median_s": medians, "ratios": ratios}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--microbatches", type=int, default=4, help="for each rank")
+    parser.add_argument("--rows", type=int, default=512, help="rows of a micro-batch")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=15)
+    options = parser.parse_args()
+    runs = [
+        measure(
+            ranks,
+            microbatches=options.microbatches * ranks,
+            rows=options.rows,
+            width=options.width,
+            repeats=options.repeats,
+        )
+        for ranks in options.ranks
+    ]
+    print(f"wrote {write_result('pipeline', {'runs': runs})}")
 
 
 if __name__ == "__main__":

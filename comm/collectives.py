@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -15,16 +15,17 @@ T = TypeVar("T")
 
 
 def sum_over(
-    values: Tensor,
+    values: Tensor | Sequence[Tensor],
     group: dist.ProcessGroup | None,
     what: str,
     *,
     board: WaitBoard | None = None,
 ) -> None:
-    """Replace `values` by its sum over the ranks of `group`, the same bits on all of them.
+    """Replace `values` by their sums over the ranks of `group`, the same bits on all of them.
 
     Args:
-        values: any shape; must not require grad.
+        values: contiguous tensors of any shapes and dtypes, none of which requires grad; several
+            are under way at once.
         group: None stands for this rank alone.
         what: names the sum in an error, such as "the sum of the losses".
         board: where the wait is announced.
@@ -32,8 +33,17 @@ def sum_over(
     Raises:
         CommError: a rank of the group is gone or did not answer within the group's limit.
     """
-    if group is not None:
-        _guarded(lambda: dist.all_reduce(values, group=group), group, what, board)
+    if group is None:
+        return
+    several = [values] if isinstance(values, Tensor) else values
+
+    def run() -> None:
+        works = [dist.all_reduce(value, group=group, async_op=True) for value in several]
+        for work in works:
+            assert work is not None  # this rank is a member
+            work.wait()
+
+    _guarded(run, group, what, board)
 
 
 def gather(

@@ -9,7 +9,7 @@ from torch.nn import Parameter
 from counterflow.parallel.gradients import sum_gradients
 
 
-def sums(rank: int, world: int, bucket_bytes: int) -> dict[str, float | None]:
+def sums(rank: int, world: int, alone_bytes: int) -> dict[str, float | None]:
     """The value that fills each parameter's gradient after the sum, or None."""
     shapes = {"float32": (3, 5), "float64": (7,), "on rank 1 only": (2, 2), "on no rank": (4,)}
     parameters: dict[str, Parameter] = {}
@@ -19,7 +19,7 @@ def sums(rank: int, world: int, bucket_bytes: int) -> dict[str, float | None]:
         if name != "on no rank" and (rank == 1 or name != "on rank 1 only"):
             parameters[name].grad = torch.full(shape, rank + 1.0, dtype=dtype)
     group = dist.group.WORLD
-    sum_gradients(list(parameters.values()), group, scale=0.5, bucket_bytes=bucket_bytes)
+    sum_gradients(list(parameters.values()), group, scale=0.5, alone_bytes=alone_bytes)
     result: dict[str, float | None] = {}
     for name, parameter in parameters.items():
         if parameter.grad is None:

@@ -8,11 +8,11 @@ from tests import cases_gradients as cases
 from tests.ranks import RankPool
 
 
-@pytest.mark.parametrize("bucket_bytes", [1, 100, 1 << 20])
-def test_sums_are_those_of_each_parameter_whatever_the_buckets(
-    ranks: RankPool, bucket_bytes: int
+@pytest.mark.parametrize("alone_bytes", [1, 40, 1 << 20])
+def test_sums_are_those_of_each_parameter_whatever_travels_together(
+    ranks: RankPool, alone_bytes: int
 ) -> None:
-    results = ranks.run(cases.sums, world=3, bucket_bytes=bucket_bytes)
+    results = ranks.run(cases.sums, world=3, alone_bytes=alone_bytes)
     for grads in results:
         # Rank r has r + 1 everywhere: 1 + 2 + 3 = 6, scaled by 1/2.
         assert grads == {
