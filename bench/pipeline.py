@@ -124,7 +124,8 @@ def checksums(modules: list[nn.Sequential], world: int) -> Tensor:
     return rows[..., :2] / rows[..., 2:]
 
 
-def case(rank: int, world: int, **sizes: int) -> dict[str, Any]:
+def case(rank: int, world: int, sizes: dict[str, int]) -> dict[str, Any]:
+    sizes = dict(sizes)
     repeats = sizes.pop("repeats")
     made = contenders(rank, world, **sizes)
     found: dict[str, Tensor] = {}
@@ -153,7 +154,7 @@ def case(rank: int, world: int, **sizes: int) -> dict[str, Any]:
 def measure(ranks: int, **sizes: int) -> dict[str, Any]:
     """All contenders on `ranks` ranks; prints and returns medians and ratios."""
     with RankPool() as pool:
-        times = pool.run(case, world=ranks, timeout_s=900, **sizes)[0]["times_s"]
+        times = pool.run(case, world=ranks, timeout_s=900.0, sizes=sizes)[0]["times_s"]
     print(f"{ranks} ranks, {sizes['microbatches']} micro-batches of {sizes['rows']} rows")
     for name, seconds in times.items():
         print(f"  {name:26} {statistics.median(seconds) * 1e3:8.1f} ms")
