@@ -1,12 +1,12 @@
 """Stage-to-stage transfers: ordered messages between two ranks, received ahead of their use.
 
 A *message* is a tuple of tensors (or None) of any shapes and dtypes. Each directed pair of ranks is
-a channel; its messages are received in the order in which they are sent, which both
-sides know from the schedule. A small header goes ahead of each and says what it is.
+a channel; its messages are received in the order in which they are sent, which both sides know from
+the schedule. A small header goes with each and says what it is.
 
 Shapes may change at any time and yet tensors are received ahead: the receiver posts buffers for
 what the last message of that name looked like. Where a message turns out to differ, the sender,
-which knows what was posted, fills those buffers with zeros and sends the tensors themselves as
+which knows what was posted, fills those buffers with anything and sends the tensors themselves as
 *late* ones, for which buffers are posted when the header has been read. So a steady stream costs no
 round trip, and a change costs one wasted transfer. Late tensors keep an order of their own: by the
 time that one is posted, buffers for the messages after it have been.

@@ -37,9 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is returned."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments[:1] == [
-            "train"
-        ]:  # its keys are the configuration's, which argparse cannot know
+        # train's keys are the configuration's, which argparse cannot know.
+        if arguments[:1] == ["train"]:
             return _train(arguments[1:])
         parsed = _parser().parse_args(arguments)
         return parsed.run(parsed)

@@ -30,8 +30,10 @@ class Progress:
         """Say that `step` (from 0) has ended.
 
         Args:
-            loss: nats per token. lr: of this step. grad_norm: before clipping.
+            loss: nats per token.
+            lr: of this step.
             tokens_per_second: of all ranks together.
+            grad_norm: before clipping.
         """
         text = (
             f"loss {loss:.4f}  lr {lr:.2e}  grad norm {grad_norm:.3f}  "

@@ -1,5 +1,4 @@
-"""Says where a rank stood when a signal ends it, even while it waits inside the communication
-library.
+"""Says where a rank stood when a signal ends it, even in a wait of the communication library.
 
 Python runs signal handlers between bytecodes of the main thread, so a rank that is blocked in a
 wait would be killed without a word. The interpreter also writes each signal's number to a file
