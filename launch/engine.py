@@ -1,8 +1,8 @@
 """One rank's share of training, without data and files: model, pipeline, gradients, update.
 
-A step is: the pipeline's forward and backward, the mean of gradients over data-parallel ranks, their
-sum over replicas in the pipeline, one norm over all parameters, the optimizer's update, and the
-routers' biases from the load of the whole global batch.
+A step is: the pipeline's forward and backward, the mean of gradients over data-parallel ranks,
+their sum over replicas in the pipeline, one norm over all parameters, the optimizer's update, and
+the routers' biases from the load of the whole global batch.
 """
 
 from __future__ import annotations
