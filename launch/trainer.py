@@ -40,6 +40,7 @@ _log = logging.getLogger(__name__)
 
 # What a result says of the end of training is a mean over this many steps.
 _LAST = 10
+_RESULTS = ("result.json", "timeline.json", "load.json", "report.html")
 
 
 def train(config: Config, folder: Path) -> None:
@@ -131,6 +132,10 @@ class _Run:
         with ExitStack() as open_things:
             metrics = progress = None
             if self.mesh.rank == 0:
+                for (
+                    name
+                ) in _RESULTS:  # of an earlier run of this name, not to be taken for this one
+                    (self.folder / name).unlink(missing_ok=True)
                 metrics = open_things.enter_context(MetricsWriter(self.folder))
                 progress = Progress(train.steps, log_every=train.log_every)
                 progress.note(self._introduction())
