@@ -1,17 +1,18 @@
 """Schedules as plain values, per rank a list of actions: built, read, written and verified here.
 
 Nothing else decides order: `simulate` predicts what a schedule costs and `pipeline` executes it.
-One module a schedule (`one_f_one_b`, `dualpipe`, `dualpipev`), by name in `catalogue`. Imports
-nothing but the standard library: no torch.
+The schedules themselves, one module each, are in `named`. Imports nothing but the standard library:
+no torch.
 """
 
 from .actions import Action, Op, Pair, Step, actions, dependencies, parse_step
-from .catalogue import build, names
+from .named import build, names
 from .files import load, save
 from .placement import Placement
 from .replay import Blocked, Replay, replay
 from .schedule import Position, Schedule, forward_only
 from .text_grid import grid
+from .times import Times
 from .verifier import ScheduleError, verify
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "Step",
+    "Times",
     "actions",
     "build",
     "dependencies",

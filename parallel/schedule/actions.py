@@ -29,6 +29,9 @@ class Op(StrEnum):
     I = "I"  # noqa: E741  the field's name for the input-gradient half
     W = "W"
 
+    # Enum's own is written in Python and hashes the member's name; actions are hashed everywhere.
+    __hash__ = str.__hash__
+
 
 class Action(NamedTuple):
     """One operation of stage `stage` on micro-batch `microbatch`; `str` gives "2F0"."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 from itertools import count
 
-from .actions import Action, Op, Pair, Step
-from .placement import Placement
-from .schedule import Schedule
+from ..actions import Action, Op, Pair, Step
+from ..placement import Placement
+from ..schedule import Schedule
 from .sizes import require_count, require_filled
 
 

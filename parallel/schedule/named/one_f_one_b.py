@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .actions import Action, Op, Step
-from .placement import Placement
-from .schedule import Schedule
+from ..actions import Action, Op, Step
+from ..placement import Placement
+from ..schedule import Schedule
 from .sizes import require_count
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .dualpipe import eight_steps
-from .placement import Placement
-from .schedule import Schedule
+from ..placement import Placement
+from ..schedule import Schedule
 from .sizes import require_count, require_filled
 
 
