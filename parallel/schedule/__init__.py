@@ -6,8 +6,8 @@ no torch.
 """
 
 from .actions import Action, Op, Pair, Step, actions, dependencies, parse_step
-from .named import build, names
 from .files import load, save
+from .named import build, names
 from .placement import Placement
 from .replay import Blocked, Replay, replay
 from .schedule import Position, Schedule, forward_only

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import NamedTuple
 
 from .actions import Action, actions
@@ -31,36 +30,30 @@ class Replay(NamedTuple):
 
 
 def replay(schedule: Schedule) -> Replay:
-    """Run the rows against each other, without times.
+    """Run the rows against each other, without times: `StepGraph.order` with names.
 
     A step runs once all its actions' needs have ended; a pair starts when both members' needs are
-    met. Which steps can run does not depend on how fast ranks are, since rows are fixed and a step
-    that can run stays so: what blocks here blocks under any timing.
+    met.
     """
-    order: list[Position] = []
+    graph = schedule.graph
     ended: set[Action] = set()
-    waiting: dict[Action, list[Blocked]] = {}
-    reached = [0] * schedule.num_ranks
-    ready = deque(range(schedule.num_ranks))
-    while ready:
-        rank = ready.popleft()
-        for index in range(reached[rank], len(schedule.rows[rank])):
-            position = Position(rank, index)
-            blocked = _blocked(schedule, position, ended)
-            if blocked is not None:
-                waiting.setdefault(blocked.awaited, []).append(blocked)
-                break
-            order.append(position)
-            reached[rank] = index + 1
-            for action in actions(schedule.rows[rank][index]):
-                ended.add(action)
-                ready.extend(woken.position.rank for woken in waiting.pop(action, ()))
-    return Replay(tuple(order), tuple(sorted(b for group in waiting.values() for b in group)))
+    reached = list(graph.first[:-1])
+    for number in graph.order:
+        rank, index = graph.position(number)
+        ended.update(actions(schedule.rows[rank][index]))
+        reached[rank] = number + 1
+    blocked = tuple(
+        _blocked(schedule, Position(*graph.position(number)), ended)
+        for rank, number in enumerate(reached)
+        if number < graph.first[rank + 1]
+    )
+    return Replay(tuple(Position(*graph.position(n)) for n in graph.order), blocked)
 
 
-def _blocked(schedule: Schedule, position: Position, ended: set[Action]) -> Blocked | None:
-    for action in actions(schedule.rows[position.rank][position.step]):
-        for need in schedule.needs[action]:
-            if need not in ended:
-                return Blocked(position, action, need)
-    return None
+def _blocked(schedule: Schedule, position: Position, ended: set[Action]) -> Blocked:
+    return next(
+        Blocked(position, action, need)
+        for action in actions(schedule.rows[position.rank][position.step])
+        for need in schedule.needs[action]
+        if need not in ended
+    )

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from .actions import Action, Op, Step, actions, dependencies
+from .graph import StepGraph, step_graph
 from .placement import Placement
 
 
@@ -63,12 +64,24 @@ class Schedule:
     @cached_property
     def positions(self) -> Mapping[Action, Position]:
         """Where each action stands; of a duplicate, the first place by rank and then step."""
-        found: dict[Action, Position] = {}
-        for rank, row in enumerate(self.rows):
-            for index, step in enumerate(row):
+        graph = self.graph
+        return {a: Position(*graph.position(n)) for a, n in self._numbers.items()}
+
+    @cached_property
+    def graph(self) -> StepGraph:
+        """The steps, numbered row after row, and what each one needs."""
+        return step_graph(self.rows, self._numbers, self.num_stages)
+
+    @cached_property
+    def _numbers(self) -> dict[Action, int]:
+        numbers: dict[Action, int] = {}
+        number = 0
+        for row in self.rows:
+            for step in row:
                 for action in actions(step):
-                    found.setdefault(action, Position(rank, index))
-        return found
+                    numbers.setdefault(action, number)
+                number += 1
+        return numbers
 
     @cached_property
     def needs(self) -> Mapping[Action, tuple[Action, ...]]:
@@ -77,7 +90,7 @@ class Schedule:
         Where a requirement has alternatives (B or I of the next stage), the one that the schedule
         holds; the first one where it holds none.
         """
-        held = self.positions
+        held = self._numbers
         return {
             action: tuple(
                 next((choice for choice in choices if choice in held), choices[0])
@@ -89,7 +102,7 @@ class Schedule:
     @cached_property
     def has_backward(self) -> bool:
         """False for a schedule that only runs forward, as evaluation does."""
-        return any(action.op != Op.F for action in self.positions)
+        return any(action.op is not Op.F for action in self._numbers)
 
 
 def forward_only(schedule: Schedule) -> Schedule:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NoReturn
 
 from .actions import Action, Op, Pair, Step, actions
@@ -13,6 +13,11 @@ from .text_grid import cells, draw
 # How much of the schedule an error shows around its place.
 _RANKS_AROUND = 2
 _STEPS_AROUND = 3
+
+# What a chunk has, as bits, and the two ways in which it can have all of it.
+_BIT = {Op.F: 1, Op.B: 2, Op.I: 4, Op.W: 8}
+_WHOLE = _BIT[Op.F] | _BIT[Op.B]
+_SPLIT = _BIT[Op.F] | _BIT[Op.I] | _BIT[Op.W]
 
 # Place of each kind of action in the life of a chunk.
 _KIND = {Op.F: 0, Op.B: 1, Op.I: 1, Op.W: 2}
@@ -49,34 +54,38 @@ def verify(schedule: Schedule) -> None:
         ScheduleError: the first thing that is wrong, with rank, step and action, and the schedule
             around it. Of a deadlock, every blocked rank, what it waits for and where that stands.
     """
-    _check_steps(schedule)
-    _check_complete(schedule)
+    _check_complete(schedule, _check_steps(schedule))
     _check_rows_ordered(schedule)
     _check_deadlock(schedule)
 
 
-def _check_steps(schedule: Schedule) -> None:
-    """Each step is possible in itself, stands on its rank, and is there once."""
+def _check_steps(schedule: Schedule) -> list[int]:
+    """Each step is possible in itself, stands on its rank, and is there once.
+
+    Returns:
+        Which kinds of action each chunk has, as the sum of their bits, by micro-batch and stage.
+    """
+    stages, microbatches = schedule.num_stages, schedule.num_microbatches
+    home = [schedule.placement.routes[route] for route in schedule.placement.route_of]
+    held = [0] * (stages * microbatches)
     for rank, row in enumerate(schedule.rows):
         for index, step in enumerate(row):
-            position = Position(rank, index)
-            _check_pair(schedule, position, step)
+            if isinstance(step, Pair):
+                _check_pair(schedule, Position(rank, index), step)
             for action in actions(step):
-                _check_placed(schedule, position, action)
-                first = schedule.positions[action]
-                if first != position:
-                    _fail(
-                        schedule,
-                        position,
-                        action,
-                        f"is there twice: it also stands at {_where(first)}",
-                        also=[first],
-                    )
+                stage, op, microbatch = action
+                if not (0 <= stage < stages and 0 <= microbatch < microbatches):
+                    _fail_unknown(schedule, Position(rank, index), action)
+                if home[microbatch][stage] != rank:
+                    _fail_misplaced(schedule, Position(rank, index), action)
+                chunk = microbatch * stages + stage
+                if held[chunk] & _BIT[op]:
+                    _fail_twice(schedule, Position(rank, index), action)
+                held[chunk] |= _BIT[op]
+    return held
 
 
-def _check_pair(schedule: Schedule, position: Position, step: Step) -> None:
-    if not isinstance(step, Pair):
-        return
+def _check_pair(schedule: Schedule, position: Position, step: Pair) -> None:
     if step.forward.op != Op.F or step.backward.op != Op.B:
         _fail(schedule, position, step, "is not a pair of a forward and a full backward")
     # A micro-batch's backwards need all its forwards, and micro-batches need nothing of each other.
@@ -90,60 +99,79 @@ def _check_pair(schedule: Schedule, position: Position, step: Step) -> None:
         )
 
 
-def _check_placed(schedule: Schedule, position: Position, action: Action) -> None:
-    stages, microbatches = schedule.num_stages, schedule.num_microbatches
-    if not 0 <= action.stage < stages or not 0 <= action.microbatch < microbatches:
-        _fail(
-            schedule,
-            position,
-            action,
-            f"does not exist: there are stages 0 to {stages - 1} and micro-batches 0 to "
-            f"{microbatches - 1}",
-        )
+def _fail_unknown(schedule: Schedule, position: Position, action: Action) -> NoReturn:
+    _fail(
+        schedule,
+        position,
+        action,
+        f"does not exist: there are stages 0 to {schedule.num_stages - 1} and micro-batches 0 to "
+        f"{schedule.num_microbatches - 1}",
+    )
+
+
+def _fail_misplaced(schedule: Schedule, position: Position, action: Action) -> NoReturn:
     home = schedule.placement.rank(action.stage, action.microbatch)
-    if position.rank != home:
-        _fail(
-            schedule,
-            position,
-            action,
-            f"is on the wrong rank: stage {action.stage} of micro-batch {action.microbatch} is "
-            f"placed on rank {home}",
-        )
+    _fail(
+        schedule,
+        position,
+        action,
+        f"is on the wrong rank: stage {action.stage} of micro-batch {action.microbatch} is "
+        f"placed on rank {home}",
+    )
 
 
-def _check_complete(schedule: Schedule) -> None:
+def _fail_twice(schedule: Schedule, position: Position, action: Action) -> NoReturn:
+    first = schedule.positions[action]
+    _fail(
+        schedule,
+        position,
+        action,
+        f"is there twice: it also stands at {_where(first)}",
+        also=[first],
+    )
+
+
+def _check_complete(schedule: Schedule, held: Sequence[int]) -> None:
     """Each stage has all its work on each micro-batch, and none of it in two ways."""
-    held = schedule.positions
-    for microbatch in range(schedule.num_microbatches):
-        for stage in range(schedule.num_stages):
-            f, b, i, w = (Action(stage, op, microbatch) for op in (Op.F, Op.B, Op.I, Op.W))
-            if f not in held:
-                _fail_missing(schedule, f, "")
-            if not schedule.has_backward:
-                continue
-            for half in (i, w):
-                if b in held and half in held:
-                    _fail(
-                        schedule,
-                        held[half],
-                        half,
-                        f"repeats work: the full backward {b} stands at {_where(held[b])}",
-                        also=[held[b]],
-                    )
-            if b in held:
-                continue
-            if i not in held and w not in held:
-                _fail_missing(schedule, b, f", and so are {i} and {w}")
-            for half, other in ((i, w), (w, i)):
-                if half not in held:
-                    _fail_missing(schedule, half, f", though {other} is there")
+    possible = (_WHOLE, _SPLIT) if schedule.has_backward else (_BIT[Op.F],)
+    for chunk, kinds in enumerate(held):
+        if kinds not in possible:
+            microbatch, stage = divmod(chunk, schedule.num_stages)
+            _fail_incomplete(schedule, stage, microbatch, kinds)
+
+
+def _fail_incomplete(schedule: Schedule, stage: int, microbatch: int, kinds: int) -> NoReturn:
+    f, b, i, w = (Action(stage, op, microbatch) for op in (Op.F, Op.B, Op.I, Op.W))
+    if not kinds & _BIT[Op.F]:
+        _fail_missing(schedule, f, "")
+    where = schedule.positions
+    for half in (i, w):
+        if kinds & _BIT[Op.B] and kinds & _BIT[half.op]:
+            _fail(
+                schedule,
+                where[half],
+                half,
+                f"repeats work: the full backward {b} stands at {_where(where[b])}",
+                also=[where[b]],
+            )
+    if not kinds & (_BIT[Op.I] | _BIT[Op.W]):
+        _fail_missing(schedule, b, f", and so are {i} and {w}")
+    missing, other = (i, w) if kinds & _BIT[Op.W] else (w, i)
+    _fail_missing(schedule, missing, f", though {other} is there")
 
 
 def _check_rows_ordered(schedule: Schedule) -> None:
-    held = schedule.positions
-    for action, position in held.items():
+    graph = schedule.graph
+    for number, needs in enumerate(graph.needs):
+        end_of_row = graph.first[graph.rank_of[number] + 1]
+        if any(number < need < end_of_row for need in needs):
+            _fail_order(schedule, Position(*graph.position(number)))
+
+
+def _fail_order(schedule: Schedule, position: Position) -> NoReturn:
+    for action in actions(schedule.rows[position.rank][position.step]):
         for need in schedule.needs[action]:
-            there = held[need]
+            there = schedule.positions[need]
             if there.rank == position.rank and there.step > position.step:
                 _fail(
                     schedule,
@@ -152,12 +180,13 @@ def _check_rows_ordered(schedule: Schedule) -> None:
                     f"stands before {need} (step {there.step}), which it needs",
                     also=[there],
                 )
+    raise AssertionError("called for a step that stands before what it needs")
 
 
 def _check_deadlock(schedule: Schedule) -> None:
-    order, blocked = replay(schedule)
-    if not blocked:
+    if len(schedule.graph.order) == schedule.graph.num_steps:
         return
+    order, blocked = replay(schedule)
     circle = _circle(schedule, blocked)
     lines = [
         f"can never start: deadlock after {len(order)} of {sum(map(len, schedule.rows))} steps",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
-from ..schedule import Action, Op, Pair, Schedule, Step, actions, replay, verify
-from .costs import Costs
+from ..schedule import Action, Op, Pair, Schedule, Step, Times, actions, verify
+from .costs import Costs, by_stage
 
 
 class Span(NamedTuple):
@@ -18,44 +20,181 @@ class Span(NamedTuple):
     end: float
 
 
+class Transfer(NamedTuple):
+    """A message from one rank to another.
+
+    Attributes:
+        action: the action that made it.
+        source, destination: ranks.
+        start: when the sending lane of the source takes it up.
+        end: when it has arrived.
+    """
+
+    action: Action
+    source: int
+    destination: int
+    start: float
+    end: float
+
+
+class Finish(NamedTuple):
+    """What a rank does after its row: "reduce", "mirror" or "optimizer", of one stage.
+
+    Time in which it waits for another rank lies between these and belongs to none.
+    """
+
+    kind: str
+    stage: int
+    start: float
+    end: float
+
+
 @dataclass(frozen=True)
 class Result:
     """What a schedule costs. Times are in the unit of the costs and count from 0.
 
     Attributes:
-        schedule: name of the schedule.
-        ranks: number of pipeline ranks.
-        stages: number of stages.
-        microbatches: micro-batches a step.
-        makespan: when the last rank ends.
-        busy: per rank, time in steps.
-        idle: per rank, makespan - busy.
-        bubble_rate: 1 - sum(busy) / (ranks * makespan).
-        peak_activations: per rank, the most chunks (one stage's share of one micro-batch) whose
-            activations are alive at once: from the start of F to the end of B, or to the end of I.
-            After I, W still holds its own inputs, the linear layers', which are not counted here.
-            Without any backward a chunk's activations end with its F.
-        parameter_copies: most ranks that hold any one stage: 2 in bidirectional DualPipe, else 1.
-        op_counts: per rank, number of steps by kind: "F", "B", "I", "W", and "pair", whose members
-            are not counted again as F and B.
-        spans: per rank, its steps with their times.
+        plan: the schedule.
+        costs: what was simulated.
+        times: what the costs come to for its stages.
+        starts, ends: of the steps, numbered row after row as in `plan.graph`.
+        finish: per rank, what follows its row.
     """
 
-    schedule: str
-    ranks: int
-    stages: int
-    microbatches: int
-    makespan: float
-    busy: tuple[float, ...]
-    idle: tuple[float, ...]
-    bubble_rate: float
-    peak_activations: tuple[int, ...]
-    parameter_copies: int
-    op_counts: tuple[dict[str, int], ...]
-    spans: tuple[tuple[Span, ...], ...]
+    plan: Schedule
+    costs: Costs
+    times: Times
+    starts: Sequence[float]
+    ends: Sequence[float]
+    finish: tuple[tuple[Finish, ...], ...]
+
+    @cached_property
+    def spans(self) -> tuple[tuple[Span, ...], ...]:
+        """Per rank, its steps with their times."""
+        first = self.plan.graph.first
+        return tuple(
+            tuple(map(Span, row, self.starts[first[rank] :], self.ends[first[rank] :]))
+            for rank, row in enumerate(self.plan.rows)
+        )
+
+    @cached_property
+    def transfers(self) -> tuple[Transfer, ...]:
+        """Messages between ranks, by source rank and then in the order of sending."""
+        graph, times = self.plan.graph, self.times
+        found: list[Transfer] = []
+        for rank, row in enumerate(self.plan.rows):
+            lane = 0.0
+            for number, step in enumerate(row, start=graph.first[rank]):
+                for target, action in _messages(self.plan, number, step):
+                    left = max(lane, self.ends[number])
+                    lane = left + _occupied(times, action)
+                    destination = graph.rank_of[target]
+                    found.append(Transfer(action, rank, destination, left, lane + times.send))
+        return tuple(found)
+
+    @property
+    def schedule(self) -> str:
+        """Name of the schedule."""
+        return self.plan.name
+
+    @property
+    def ranks(self) -> int:
+        """Number of pipeline ranks."""
+        return self.plan.num_ranks
+
+    @property
+    def stages(self) -> int:
+        """Number of stages."""
+        return self.plan.num_stages
+
+    @property
+    def microbatches(self) -> int:
+        """Micro-batches a step."""
+        return self.plan.num_microbatches
+
+    @cached_property
+    def done(self) -> tuple[float, ...]:
+        """Per rank, when it has ended its row and what follows."""
+        rows = _row_ends(self.plan, self.ends)
+        return tuple(
+            finish[-1].end if finish else end for end, finish in zip(rows, self.finish, strict=True)
+        )
+
+    @property
+    def makespan(self) -> float:
+        """When the last rank is done."""
+        return max(self.done)
+
+    @cached_property
+    def busy(self) -> tuple[float, ...]:
+        """Per rank, time in steps, and in reductions and the optimizer after them."""
+        of = self.times.of
+        return tuple(
+            sum(map(of, row)) + sum(f.end - f.start for f in finish)
+            for row, finish in zip(self.plan.rows, self.finish, strict=True)
+        )
+
+    @property
+    def idle(self) -> tuple[float, ...]:
+        """Per rank, makespan - busy."""
+        makespan = self.makespan
+        return tuple(makespan - time for time in self.busy)
+
+    @property
+    def bubble_rate(self) -> float:
+        """1 - sum(busy) / (ranks * makespan)."""
+        return 1 - sum(self.busy) / (self.ranks * self.makespan)
+
+    @property
+    def rolling_makespan(self) -> float:
+        """The longest that a rank takes from its first start to its end.
+
+        What a step adds where steps follow each other without a barrier, so that a rank begins the
+        next one while others end this one: the zero-bubble paper's cost (arXiv 2401.10241, section
+        2.3 and table 5), which it reaches by validating the optimizer step afterwards.
+        """
+        first = self.plan.graph.first
+        return max(
+            end - (self.starts[start] if start < after else 0.0)
+            for end, (start, after) in zip(self.done, pairwise(first), strict=True)
+        )
+
+    @property
+    def rolling_bubble_rate(self) -> float:
+        """1 - sum(busy) / (ranks * rolling_makespan): the zero-bubble paper's bubble rate."""
+        return 1 - sum(self.busy) / (self.ranks * self.rolling_makespan)
+
+    @cached_property
+    def peak_activations(self) -> tuple[int, ...]:
+        """Per rank, the most chunks whose activations are alive at once.
+
+        A chunk is one stage's share of one micro-batch; it lives from the start of F to the end of
+        B, or to the end of I. What W still needs after I is counted in `peak_chunks`. Without any
+        backward a chunk's activations end with its F.
+        """
+        return self._peaks((Op.B, Op.I))
+
+    @cached_property
+    def peak_chunks(self) -> tuple[int, ...]:
+        """Per rank, the most chunks alive at once, where one lives until the end of B or W."""
+        return self._peaks((Op.B, Op.W))
+
+    @property
+    def parameter_copies(self) -> int:
+        """Most ranks that hold any one stage: 2 in bidirectional DualPipe, else 1."""
+        placement = self.plan.placement
+        return max(len(placement.replicas(stage)) for stage in range(self.stages))
+
+    @cached_property
+    def op_counts(self) -> tuple[dict[str, int], ...]:
+        """Per rank, number of steps by kind: "F", "B", "I", "W", and "pair".
+
+        The members of a pair are not counted again as F and B.
+        """
+        return tuple(_op_counts(row) for row in self.plan.rows)
 
     def to_json(self) -> dict[str, object]:
-        """All but the spans, as `counterflow simulate --json` prints it."""
+        """What `counterflow simulate --json` prints of the result itself."""
         return {
             "schedule": self.schedule,
             "ranks": self.ranks,
@@ -68,74 +207,166 @@ class Result:
             "peak_activations": list(self.peak_activations),
             "parameter_copies": self.parameter_copies,
             "op_counts": [dict(counts) for counts in self.op_counts],
+            "peak_chunks": list(self.peak_chunks),
+            "rolling_makespan": self.rolling_makespan,
+            "rolling_bubble_rate": self.rolling_bubble_rate,
         }
 
+    def _peaks(self, last: tuple[Op, Op]) -> tuple[int, ...]:
+        """Steps of a rank do not overlap, so the order of its row alone decides."""
+        if not self.plan.has_backward:
+            return (1,) * self.ranks
+        peaks: list[int] = []
+        for row in self.plan.rows:
+            alive = peak = 0
+            for step in row:
+                if isinstance(step, Pair):
+                    peak = max(peak, alive + 1)
+                elif step.op is Op.F:
+                    alive += 1
+                    peak = max(peak, alive)
+                elif step.op in last:
+                    alive -= 1
+            peaks.append(peak)
+        return tuple(peaks)
 
-def simulate(schedule: Schedule, costs: Costs) -> Result:
+
+def simulate(schedule: Schedule, costs: Costs | Times) -> Result:
     """Run the schedule's rows against each other in simulated time.
 
     A rank takes its steps in order. A step starts when the rank is free and all that its actions
-    need has arrived: at once from the same rank, `costs.send` after the end of the step that made
-    it from another. A pair starts when both its members can, and both end with it.
+    need has arrived: at once from the same rank; from another, once the message has had its turn on
+    that rank's sending lane and `send` has passed. A pair starts when both its members can, and
+    both end with it.
 
     Args:
         schedule: any schedule that verifies.
-        costs: time of each kind of step.
+        costs: times of the steps and of what goes beside them.
 
     Raises:
         ScheduleError: the schedule cannot be executed.
+        ValueError: the costs do not fit its number of stages.
     """
     verify(schedule)
-    spans = _spans(schedule, costs)
-    busy = tuple(sum(costs.of(step) for step in row) for row in schedule.rows)
-    makespan = max(row[-1].end for row in spans)
-    placement = schedule.placement
-    return Result(
-        schedule=schedule.name,
-        ranks=schedule.num_ranks,
-        stages=schedule.num_stages,
-        microbatches=schedule.num_microbatches,
-        makespan=makespan,
-        busy=busy,
-        idle=tuple(makespan - time for time in busy),
-        bubble_rate=1 - sum(busy) / (schedule.num_ranks * makespan),
-        peak_activations=tuple(_peak(row, schedule.has_backward) for row in schedule.rows),
-        parameter_copies=max(len(placement.replicas(s)) for s in range(schedule.num_stages)),
-        op_counts=tuple(_op_counts(row) for row in schedule.rows),
-        spans=spans,
+    if isinstance(costs, Costs):
+        times = costs.times(schedule.num_stages)
+    else:
+        times, costs = costs, Costs()
+        if times.num_stages != schedule.num_stages:
+            raise ValueError(
+                f"times of {times.num_stages} stages, but schedule {schedule.name!r} has "
+                f"{schedule.num_stages}"
+            )
+    starts, ends = _run(schedule, times)
+    finish = _finish(schedule, costs, _row_ends(schedule, ends))
+    return Result(schedule, costs, times, starts, ends, finish)
+
+
+def _run(schedule: Schedule, times: Times) -> tuple[list[float], list[float]]:
+    """Start and end of every numbered step.
+
+    Each step, when its end is known, says to those that need it from when on they have its message.
+    Messages of a rank leave in the order of its row, in which its steps end, so that walking any
+    order of the graph gives the lane's turns rightly.
+    """
+    graph = schedule.graph
+    rank_of, first, remote = graph.rank_of, graph.first, graph.remote
+    numbered = [step for row in schedule.rows for step in row]
+    durations = list(map(times.of, numbered))
+    send = times.send
+    lane = [0.0] * schedule.num_ranks if any(times.occupy) else None
+    starts = [0.0] * graph.num_steps
+    ends = [0.0] * graph.num_steps
+    arrived = [0.0] * graph.num_steps
+    for step in graph.order:
+        start = arrived[step]
+        rank = rank_of[step]
+        if step != first[rank] and ends[step - 1] > start:
+            start = ends[step - 1]
+        starts[step] = start
+        ends[step] = end = start + durations[step]
+        if lane is None:
+            arrival = end + send
+            for target in remote[step]:
+                if arrival > arrived[target]:
+                    arrived[target] = arrival
+            continue
+        for target, action in _messages(schedule, step, numbered[step]):
+            lane[rank] = max(end, lane[rank]) + _occupied(times, action)
+            arrived[target] = max(arrived[target], lane[rank] + send)
+    return starts, ends
+
+
+def _messages(schedule: Schedule, number: int, step: Step) -> list[tuple[int, Action]]:
+    """The steps on other ranks that need a step's results, and whose results; the forward's first."""
+    graph = schedule.graph
+    found: list[tuple[int, Action]] = []
+    for target in graph.remote[number]:
+        if isinstance(step, Pair):
+            rank, index = graph.position(target)
+            stage, _, microbatch = step.forward
+            onward = Action(stage + 1, Op.F, microbatch)
+            goes_on = onward in actions(schedule.rows[rank][index])
+            action = step.forward if goes_on else step.backward
+        else:
+            action = step
+        found.append((target, action))
+    return sorted(found, key=lambda message: message[1].op is not Op.F)
+
+
+def _occupied(times: Times, action: Action) -> float:
+    """How long the message that an action makes keeps the sending lane."""
+    boundary = action.stage if action.op is Op.F else action.stage - 1
+    return times.occupy[boundary] if times.occupy else 0.0
+
+
+def _row_ends(schedule: Schedule, ends: Sequence[float]) -> list[float]:
+    """Per rank, the end of its last step; 0 where it has none."""
+    return [
+        ends[after - 1] if start < after else 0.0 for start, after in pairwise(schedule.graph.first)
+    ]
+
+
+def _finish(schedule: Schedule, costs: Costs, last: list[float]) -> tuple[tuple[Finish, ...], ...]:
+    """Reductions of the gradients after the rows, as the executor makes them, and the optimizer.
+
+    A rank sums each of its stages' gradients over its data-parallel ranks; then the ranks that hold
+    a stage sum its copies, for which all of them must have come; then, when every rank has its
+    gradients, and their norm with them, each updates its parameters.
+    """
+    stages = range(schedule.num_stages)
+    reduce, mirror, optimizer = (
+        by_stage(name, getattr(costs, name), len(stages))
+        for name in ("reduce", "mirror", "optimizer")
     )
+    done: list[list[Finish]] = [[] for _ in last]
+    free = list(last)
 
+    def take(rank: int, kind: str, stage: int, start: float, time: float) -> None:
+        free[rank] = start + time
+        done[rank].append(Finish(kind, stage, start, free[rank]))
 
-def _spans(schedule: Schedule, costs: Costs) -> tuple[tuple[Span, ...], ...]:
-    spans: list[list[Span]] = [[] for _ in schedule.rows]
-    made: dict[Action, tuple[float, int]] = {}  # when, and on which rank
-    for rank, index in replay(schedule).order:
-        step = schedule.rows[rank][index]
-        start = spans[rank][-1].end if index else 0
-        for action in actions(step):
-            for need in schedule.needs[action]:
-                end, maker = made[need]
-                start = max(start, end if maker == rank else end + costs.send)
-        span = Span(step, start, start + costs.of(step))
-        spans[rank].append(span)
-        for action in actions(step):
-            made[action] = (span.end, rank)
-    return tuple(tuple(row) for row in spans)
-
-
-def _peak(row: tuple[Step, ...], has_backward: bool) -> int:
-    """Steps of a rank do not overlap, so the order of its row alone decides."""
-    if not has_backward:
-        return 1
-    alive = peak = 0
-    for step in row:
-        ops = [action.op for action in actions(step)]
-        alive += ops.count(Op.F)
-        peak = max(peak, alive)
-        alive -= ops.count(Op.B) + ops.count(Op.I)
-    return peak
+    for rank in range(len(last)):
+        for stage in schedule.placement.stages(rank):
+            if reduce[stage]:
+                take(rank, "reduce", stage, free[rank], reduce[stage])
+    for stage in stages:
+        holders = schedule.placement.replicas(stage)
+        if len(holders) > 1 and mirror[stage]:
+            start = max(free[rank] for rank in holders)
+            for rank in holders:
+                take(rank, "mirror", stage, start, mirror[stage])
+    if any(optimizer):
+        everyone = max(free)
+        for rank in range(len(last)):
+            free[rank] = everyone
+            for stage in schedule.placement.stages(rank):
+                take(rank, "optimizer", stage, free[rank], optimizer[stage])
+    return tuple(tuple(row) for row in done)
 
 
 def _op_counts(row: tuple[Step, ...]) -> dict[str, int]:
-    counts = Counter("pair" if isinstance(step, Pair) else step.op.value for step in row)
-    return {kind: counts[kind] for kind in (*(op.value for op in Op), "pair")}
+    counts = {**dict.fromkeys((op.value for op in Op), 0), "pair": 0}
+    for step in row:
+        counts["pair" if isinstance(step, Pair) else step.op.value] += 1
+    return counts

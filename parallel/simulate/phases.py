@@ -1,0 +1,198 @@
+"""The phases of a layer, and how long a pair of chunks takes when two lanes overlap them.
+
+A chunk is some layers, each cut where it communicates. The compute lane runs attention and MLP, the
+communication lane dispatch and combine (DeepSeek-V3, arXiv 2412.19437, section 3.2.1, figure 4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from itertools import pairwise
+from typing import NamedTuple
+
+COMPUTE = "compute"
+COMMUNICATION = "communication"
+
+# Per direction, the phases of one layer in the order of its data. `mlp(W)` and `attn(W)` need what
+# `mlp(B)` and `attn(B)` need, and nothing needs them.
+FORWARD = ("attn(F)", "dispatch(F)", "mlp(F)", "combine(F)")
+BACKWARD = ("combine(B)", "mlp(B)", "dispatch(B)", "attn(B)")
+WEIGHTS = {"mlp(W)": "mlp(B)", "attn(W)": "attn(B)"}
+NAMES = (*FORWARD, *BACKWARD, *WEIGHTS)
+
+# The order of the published trace (facts of github.com/deepseek-ai/profile-data, train.json).
+PUBLISHED_ORDER = (
+    "combine(B)",
+    "attn(F)",
+    "mlp(B)",
+    "dispatch(F)",
+    "dispatch(B)",
+    "mlp(W)",
+    "mlp(F)",
+    "attn(B)",
+    "attn(W)",
+    "combine(F)",
+)
+
+
+class PhaseSpan(NamedTuple):
+    """One phase of one layer, counted from the start of the step that it is part of."""
+
+    name: str
+    layer: int
+    lane: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Times of the phases of one layer, from which those of F, I, W, B and a pair follow.
+
+    Attributes:
+        times: time of each of NAMES. Communication as it is beside computation; computation with
+            all multiprocessors (SMs).
+        layers: layers of a stage; one number, or one entry a stage.
+        order: in which order a pair of layers issues its phases, a permutation of NAMES. On each
+            lane they run in this order, each after what it needs.
+        comm_share: share of the SMs that communication keeps while a pair runs, from 0 to below 1:
+            the computation of a pair takes 1 / (1 - comm_share) times as long. V3 gives 20 of 132.
+
+    Raises:
+        ValueError: a phase is missing, unknown or negative, or the order is no permutation or puts
+            a phase before what it needs.
+    """
+
+    times: Mapping[str, float]
+    layers: int | Sequence[int] = 1
+    order: Sequence[str] = PUBLISHED_ORDER
+    comm_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in self.times:
+            if name not in NAMES:
+                near = get_close_matches(name, NAMES, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ";"
+                raise ValueError(f"phases: unknown {name!r}{hint} Known: {', '.join(NAMES)}")
+        for name in NAMES:
+            if name not in self.times:
+                raise ValueError(
+                    f"phases: no time for {name!r}; each of {', '.join(NAMES)} has one"
+                )
+            time = self.times[name]
+            if not math.isfinite(time) or time < 0:
+                raise ValueError(f"phases: {name}={time!r} must be finite and from 0 up")
+        counts = [self.layers] if isinstance(self.layers, int) else list(self.layers)
+        if not counts or any(isinstance(n, bool) or n < 1 for n in counts):
+            raise ValueError(f"phases: layers={self.layers!r} must be whole numbers from 1 up")
+        if not 0 <= self.comm_share < 1:
+            raise ValueError(
+                f"phases: comm_share={self.comm_share!r} must be from 0 to below 1, such as 20/132"
+            )
+        if sorted(self.order) != sorted(NAMES):
+            raise ValueError(f"phases: order must have each of {', '.join(NAMES)} once")
+        place = {name: index for index, name in enumerate(self.order)}
+        for before, after in _ORDERED:
+            if place[before] > place[after]:
+                raise ValueError(f"phases: order has {after} before {before}, which it needs")
+
+    def forward(self, layers: int) -> tuple[PhaseSpan, ...]:
+        """The phases of F alone: nothing overlaps."""
+        return _compose(self._order(FORWARD), self.times, layers, 0, 1.0)
+
+    def input_half(self, layers: int) -> tuple[PhaseSpan, ...]:
+        """The phases of I alone: nothing overlaps."""
+        return _compose(self._order(BACKWARD), self.times, 0, layers, 1.0)
+
+    def weight_half(self, layers: int) -> tuple[PhaseSpan, ...]:
+        """The phases of W alone."""
+        return _compose(self._order(tuple(WEIGHTS)), self.times, 0, layers, 1.0)
+
+    def backward(self, layers: int) -> tuple[PhaseSpan, ...]:
+        """The phases of B: weight gradients run behind its communication."""
+        return _compose(self._order((*BACKWARD, *WEIGHTS)), self.times, 0, layers, 1.0)
+
+    def pair(self, forward_layers: int, backward_layers: int) -> tuple[PhaseSpan, ...]:
+        """The phases of a forward of so many layers and a backward of so many, interleaved.
+
+        Layer i of the forward goes with the i-th layer that the backward reaches; what is left of
+        the longer one follows.
+        """
+        stretch = 1.0 / (1.0 - self.comm_share)
+        return _compose(self.order, self.times, forward_layers, backward_layers, stretch)
+
+    def layers_of(self, stages: int) -> tuple[int, ...]:
+        """Layers of each of `stages` stages.
+
+        Raises:
+            ValueError: `layers` has another number of entries.
+        """
+        if isinstance(self.layers, int):
+            return (self.layers,) * stages
+        if len(self.layers) != stages:
+            raise ValueError(
+                f"phases: layers has {len(self.layers)} entries, but there are {stages} stages"
+            )
+        return tuple(self.layers)
+
+    def split(self, stages: int, parts: int) -> Phases:
+        """The phases of a model whose `stages` stages are each cut in `parts` equal ones.
+
+        Raises:
+            ValueError: the layers of a stage do not divide so.
+        """
+        layers = self.layers_of(stages)
+        for stage, count in enumerate(layers):
+            if count % parts:
+                raise ValueError(
+                    f"phases: the {count} layers of stage {stage} cannot be cut in {parts} parts"
+                )
+        return replace(self, layers=tuple(n // parts for n in layers for _ in range(parts)))
+
+    def _order(self, names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(name for name in self.order if name in names)
+
+
+def duration(spans: Sequence[PhaseSpan]) -> float:
+    """From the start of a step until the last of its phases has ended."""
+    return max((span.end for span in spans), default=0.0)
+
+
+# (one, other): `other` needs `one`, within a layer.
+_ORDERED = (
+    *pairwise(FORWARD),
+    *pairwise(BACKWARD),
+    *((of, name) for name, of in WEIGHTS.items()),
+)
+_BEFORE = {after: before for before, after in _ORDERED}
+
+
+def _compose(
+    order: Sequence[str],
+    times: Mapping[str, float],
+    forward_layers: int,
+    backward_layers: int,
+    stretch: float,
+) -> tuple[PhaseSpan, ...]:
+    """Run the phases layer by layer in `order` on the two lanes."""
+    free = {COMPUTE: 0.0, COMMUNICATION: 0.0}
+    data = {"F": 0.0, "B": 0.0}  # when the last layer's output, of either direction, was there
+    spans: list[PhaseSpan] = []
+    for layer in range(max(forward_layers, backward_layers)):
+        ended: dict[str, float] = {}
+        for name in order:
+            if layer >= (forward_layers if name in FORWARD else backward_layers):
+                continue
+            lane = COMMUNICATION if name.startswith(("dispatch", "combine")) else COMPUTE
+            direction = "F" if name in FORWARD else "B"
+            ready = ended.get(_BEFORE.get(name, ""), data[direction])
+            time = times[name] * (stretch if lane == COMPUTE else 1.0)
+            start = max(free[lane], ready)
+            free[lane] = ended[name] = start + time
+            spans.append(PhaseSpan(name, layer, lane, start, start + time))
+        for direction, last in (("F", FORWARD[-1]), ("B", BACKWARD[-1])):
+            data[direction] = ended.get(last, data[direction])
+    return tuple(spans)
