@@ -67,7 +67,7 @@ class Costs:
     def __post_init__(self) -> None:
         for name in _BY_STAGE:
             if name != "B" or self.B is not None:
-                object.__setattr__(self, name, _checked(name, getattr(self, name)))
+                object.__setattr__(self, name, checked(name, getattr(self, name)))
         if self.pair is not None and not callable(self.pair):
             check_time("pair", self.pair)
         check_time("send", self.send)
@@ -145,16 +145,13 @@ class Costs:
             return self
         parts = stages // ranks
 
-        def cut(name: str, value: ByStage) -> tuple[float, ...]:
-            return tuple(t / parts for t in by_stage(name, value, ranks) for _ in range(parts))
-
         message = by_stage("message", self.message, ranks)
         beside = replace(
             self,
             message=tuple(size for size in message for _ in range(parts)) if any(message) else 0,
-            reduce=cut("reduce", self.reduce),
-            mirror=cut("mirror", self.mirror),
-            optimizer=cut("optimizer", self.optimizer),
+            reduce=cut_by_stage("reduce", self.reduce, ranks, parts),
+            mirror=cut_by_stage("mirror", self.mirror, ranks, parts),
+            optimizer=cut_by_stage("optimizer", self.optimizer, ranks, parts),
         )
         if self.phases is not None:
             return replace(beside, phases=self.phases.split(ranks, parts))
@@ -232,6 +229,11 @@ def by_stage(name: str, value: ByStage, stages: int, *, summed: bool = True) -> 
     )
 
 
+def cut_by_stage(name: str, value: ByStage, stages: int, parts: int) -> tuple[float, ...]:
+    """One number for each of `parts` equal parts of each of `stages` stages."""
+    return tuple(n / parts for n in by_stage(name, value, stages) for _ in range(parts))
+
+
 def check_time(name: str, value: object) -> float:
     """`value` as a float.
 
@@ -245,8 +247,12 @@ def check_time(name: str, value: object) -> float:
     return float(value)
 
 
-def _checked(name: str, value: object) -> object:
-    """A cost by stage as it is kept: a number, a tuple or a function."""
+def checked(name: str, value: object) -> object:
+    """A cost or size by stage as it is kept: a number, a tuple or a function.
+
+    Raises:
+        ValueError: a number is not finite or below 0, or a list is empty.
+    """
     if callable(value):
         return value
     if isinstance(value, list | tuple):

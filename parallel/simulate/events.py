@@ -37,6 +37,14 @@ class Transfer(NamedTuple):
     end: float
 
 
+class Delivery(NamedTuple):
+    """A transfer, and the numbers of the steps that make and take its message."""
+
+    source: int
+    target: int
+    transfer: Transfer
+
+
 class Finish(NamedTuple):
     """What a rank does after its row: "reduce", "mirror" or "optimizer", of one stage.
 
@@ -77,11 +85,16 @@ class Result:
             for rank, row in enumerate(self.plan.rows)
         )
 
-    @cached_property
+    @property
     def transfers(self) -> tuple[Transfer, ...]:
         """Messages between ranks, by source rank and then in the order of sending."""
+        return tuple(delivery.transfer for delivery in self.deliveries)
+
+    @cached_property
+    def deliveries(self) -> tuple[Delivery, ...]:
+        """The transfers with the steps that make and take them."""
         graph, times = self.plan.graph, self.times
-        found: list[Transfer] = []
+        found: list[Delivery] = []
         for rank, row in enumerate(self.plan.rows):
             lane = 0.0
             for number, step in enumerate(row, start=graph.first[rank]):
@@ -89,7 +102,8 @@ class Result:
                     left = max(lane, self.ends[number])
                     lane = left + _occupied(times, action)
                     destination = graph.rank_of[target]
-                    found.append(Transfer(action, rank, destination, left, lane + times.send))
+                    transfer = Transfer(action, rank, destination, left, lane + times.send)
+                    found.append(Delivery(number, target, transfer))
         return tuple(found)
 
     @property
@@ -298,7 +312,7 @@ def _run(schedule: Schedule, times: Times) -> tuple[list[float], list[float]]:
 
 
 def _messages(schedule: Schedule, number: int, step: Step) -> list[tuple[int, Action]]:
-    """The steps on other ranks that need a step's results, and whose results; the forward's first."""
+    """The steps elsewhere that need a step's results, and whose results; the forward's first."""
     graph = schedule.graph
     found: list[tuple[int, Action]] = []
     for target in graph.remote[number]:
