@@ -65,15 +65,16 @@ class Schedule:
     def positions(self) -> Mapping[Action, Position]:
         """Where each action stands; of a duplicate, the first place by rank and then step."""
         graph = self.graph
-        return {a: Position(*graph.position(n)) for a, n in self._numbers.items()}
+        return {a: Position(*graph.position(n)) for a, n in self.numbers.items()}
 
     @cached_property
     def graph(self) -> StepGraph:
         """The steps, numbered row after row, and what each one needs."""
-        return step_graph(self.rows, self._numbers, self.num_stages)
+        return step_graph(self.rows, self.numbers, self.num_stages)
 
     @cached_property
-    def _numbers(self) -> dict[Action, int]:
+    def numbers(self) -> Mapping[Action, int]:
+        """Of each action, the number of its step in `graph`; of a duplicate, of the first."""
         numbers: dict[Action, int] = {}
         number = 0
         for row in self.rows:
@@ -90,7 +91,7 @@ class Schedule:
         Where a requirement has alternatives (B or I of the next stage), the one that the schedule
         holds; the first one where it holds none.
         """
-        held = self._numbers
+        held = self.numbers
         return {
             action: tuple(
                 next((choice for choice in choices if choice in held), choices[0])
@@ -102,7 +103,7 @@ class Schedule:
     @cached_property
     def has_backward(self) -> bool:
         """False for a schedule that only runs forward, as evaluation does."""
-        return any(action.op is not Op.F for action in self._numbers)
+        return any(action.op is not Op.F for action in self.numbers)
 
 
 def forward_only(schedule: Schedule) -> Schedule:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from ..schedule import Action, Op, Pair, Schedule, Step, Times, actions, verify
+from ..schedule.messages import taker
 from .costs import Costs, by_stage
 
 
@@ -98,7 +99,7 @@ class Result:
         for rank, row in enumerate(self.plan.rows):
             lane = 0.0
             for number, step in enumerate(row, start=graph.first[rank]):
-                for target, action in _messages(self.plan, number, step):
+                for target, action in _messages(self.plan, rank, step):
                     left = max(lane, self.ends[number])
                     lane = left + _occupied(times, action)
                     destination = graph.rank_of[target]
@@ -305,27 +306,24 @@ def _run(schedule: Schedule, times: Times) -> tuple[list[float], list[float]]:
                 if arrival > arrived[target]:
                     arrived[target] = arrival
             continue
-        for target, action in _messages(schedule, step, numbered[step]):
+        for target, action in _messages(schedule, rank, numbered[step]):
             lane[rank] = max(end, lane[rank]) + _occupied(times, action)
             arrived[target] = max(arrived[target], lane[rank] + send)
     return starts, ends
 
 
-def _messages(schedule: Schedule, number: int, step: Step) -> list[tuple[int, Action]]:
-    """The steps elsewhere that need a step's results, and whose results; the forward's first."""
-    graph = schedule.graph
+def _messages(schedule: Schedule, rank: int, step: Step) -> list[tuple[int, Action]]:
+    """The steps on other ranks that need a step's results, and whose results, as they are sent."""
     found: list[tuple[int, Action]] = []
-    for target in graph.remote[number]:
-        if isinstance(step, Pair):
-            rank, index = graph.position(target)
-            stage, _, microbatch = step.forward
-            onward = Action(stage + 1, Op.F, microbatch)
-            goes_on = onward in actions(schedule.rows[rank][index])
-            action = step.forward if goes_on else step.backward
-        else:
-            action = step
-        found.append((target, action))
-    return sorted(found, key=lambda message: message[1].op is not Op.F)
+    for action in actions(step):
+        stage = taker(action, schedule.num_stages)
+        if stage is None or schedule.placement.rank(stage, action.microbatch) == rank:
+            continue
+        for op in (Op.F,) if action.op is Op.F else (Op.B, Op.I):
+            number = schedule.numbers.get(Action(stage, op, action.microbatch))
+            if number is not None:
+                found.append((number, action))
+    return found
 
 
 def _occupied(times: Times, action: Action) -> float:
