@@ -1,51 +1,40 @@
-"""Which messages a schedule implies, and in which order: the lowering to sends and receives."""
+"""Which messages travel for a schedule, by the names that `comm` knows them by.
+
+Which there are, and in which order, is worked out in `schedule.messages`.
+"""
 
 from __future__ import annotations
 
 from ..comm.messages import Message
-from .schedule import Action, Op, Schedule, actions
+from .schedule import Action, Op, Schedule, messages
 
 
 def activation(stage: int, microbatch: int) -> Message:
     """What stage `stage` sends to stage + 1."""
-    return Message(f"the output of stage {stage}", microbatch)
+    return _made_by(Action(stage, Op.F, microbatch))
 
 
 def gradient(stage: int, microbatch: int) -> Message:
     """What stage + 1 sends back to stage `stage`: the gradient of its output."""
-    return Message(f"the output gradient of stage {stage}", microbatch)
+    return _made_by(Action(stage + 1, Op.B, microbatch))
 
 
 def sends(schedule: Schedule, rank: int) -> list[tuple[int, Message]]:
-    """(destination rank, message) of everything that `rank` sends, in the order of its row.
-
-    Stages that are neighbours on one rank need no message. Within a pair the forward comes first.
-    """
-    result: list[tuple[int, Message]] = []
-    for step in schedule.rows[rank]:
-        for action in actions(step):
-            made = _sent_after(schedule, action)
-            if made is not None and made[0] != rank:
-                result.append(made)
-    return result
+    """(destination rank, message) of everything that `rank` sends, in the order of its row."""
+    return [(sent.destination, _made_by(sent.action)) for sent in messages.sends(schedule, rank)]
 
 
 def receives(schedule: Schedule, rank: int) -> dict[int, list[Message]]:
     """What comes to `rank` from each source rank, in the order of its sending."""
     result: dict[int, list[Message]] = {}
     for source in range(schedule.num_ranks):
-        messages = [
+        coming = [
             message for destination, message in sends(schedule, source) if destination == rank
         ]
-        if messages and source != rank:
-            result[source] = messages
+        if coming:
+            result[source] = coming
     return result
 
 
-def _sent_after(schedule: Schedule, action: Action) -> tuple[int, Message] | None:
-    stage, microbatch = action.stage, action.microbatch
-    if action.op is Op.F and stage + 1 < schedule.num_stages:
-        return schedule.placement.rank(stage + 1, microbatch), activation(stage, microbatch)
-    if action.op in (Op.B, Op.I) and stage > 0:
-        return schedule.placement.rank(stage - 1, microbatch), gradient(stage - 1, microbatch)
-    return None
+def _made_by(action: Action) -> Message:
+    return Message(messages.contents(action), action.microbatch)

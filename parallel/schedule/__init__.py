@@ -9,6 +9,7 @@ from .actions import Action, Op, Pair, Step, actions, dependencies, parse_step
 from .files import load, save
 from .named import build, names
 from .placement import Placement
+from .rendezvous import Discipline, Rendezvous, rendezvous
 from .replay import Blocked, Replay, replay
 from .schedule import Position, Schedule, forward_only
 from .text_grid import grid
@@ -18,10 +19,12 @@ from .verifier import ScheduleError, verify
 __all__ = [
     "Action",
     "Blocked",
+    "Discipline",
     "Op",
     "Pair",
     "Placement",
     "Position",
+    "Rendezvous",
     "Replay",
     "Schedule",
     "ScheduleError",
@@ -35,6 +38,7 @@ __all__ = [
     "load",
     "names",
     "parse_step",
+    "rendezvous",
     "replay",
     "save",
     "verify",

@@ -1,4 +1,4 @@
-"""Which messages a schedule implies, from which rank to which: the lowering to sends and receives."""
+"""Which messages a schedule implies, from which rank to which: what its sends and receives are."""
 
 from __future__ import annotations
 
@@ -37,6 +37,18 @@ def taker(action: Action, num_stages: int) -> int | None:
     if action.op == Op.F:
         return action.stage + 1 if action.stage + 1 < num_stages else None
     return action.stage - 1 if action.op != Op.W and action.stage > 0 else None
+
+
+def takers(action: Action, num_stages: int) -> tuple[Action, ...]:
+    """The actions of another stage that need what `action` makes: `dependencies` read backwards.
+
+    None, one F, or a B and an I, of which a schedule holds one.
+    """
+    stage = taker(action, num_stages)
+    if stage is None:
+        return ()
+    ops = (Op.F,) if action.op == Op.F else (Op.B, Op.I)
+    return tuple(Action(stage, op, action.microbatch) for op in ops)
 
 
 def sends(schedule: Schedule, rank: int) -> list[Message]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from .actions import Action, actions
@@ -33,27 +34,42 @@ def replay(schedule: Schedule) -> Replay:
     """Run the rows against each other, without times: `StepGraph.order` with names.
 
     A step runs once all its actions' needs have ended; a pair starts when both members' needs are
-    met.
+    met. An action that stands in the rows twice has ended when the first one has.
     """
     graph = schedule.graph
-    ended: set[Action] = set()
-    reached = list(graph.first[:-1])
-    for number in graph.order:
-        rank, index = graph.position(number)
-        ended.update(actions(schedule.rows[rank][index]))
-        reached[rank] = number + 1
+    order = tuple(Position(*graph.position(number)) for number in graph.order)
+    ran = set(order)
+    reached = [0] * schedule.num_ranks
+    for rank, step in order:
+        reached[rank] = step + 1
     blocked = tuple(
-        _blocked(schedule, Position(*graph.position(number)), ended)
-        for rank, number in enumerate(reached)
-        if number < graph.first[rank + 1]
+        _blocked(schedule, Position(rank, step), ran)
+        for rank, step in enumerate(reached)
+        if step < len(schedule.rows[rank])
     )
-    return Replay(tuple(Position(*graph.position(n)) for n in graph.order), blocked)
+    return Replay(order, blocked)
 
 
-def _blocked(schedule: Schedule, position: Position, ended: set[Action]) -> Blocked:
+def circle_of(waits_for: Mapping[int, int]) -> list[int]:
+    """Ranks that wait for each other in a circle, the lowest first.
+
+    Args:
+        waits_for: per blocked rank, a rank that it waits for, which is blocked too.
+    """
+    rank = min(waits_for)
+    path: list[int] = []
+    while rank not in path:
+        path.append(rank)
+        rank = waits_for[rank]
+    circle = path[path.index(rank) :]
+    start = circle.index(min(circle))
+    return [*circle[start:], *circle[:start]]
+
+
+def _blocked(schedule: Schedule, position: Position, ran: Collection[Position]) -> Blocked:
     return next(
         Blocked(position, action, need)
         for action in actions(schedule.rows[position.rank][position.step])
         for need in schedule.needs[action]
-        if need not in ended
+        if schedule.positions.get(need) not in ran
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 from typing import NoReturn
 
 from .actions import Action, Op, Pair, Step, actions
-from .replay import Blocked, replay
+from .rendezvous import Discipline, rendezvous
+from .replay import circle_of, replay
 from .schedule import Position, Schedule
+from .standstill import standstill
 from .text_grid import cells, draw
 
 # How much of the schedule an error shows around its place.
@@ -42,21 +45,33 @@ class ScheduleError(ValueError):
         self.action = action
 
 
-def verify(schedule: Schedule) -> None:
+def verify(schedule: Schedule, transfers: str = Discipline.BUFFERED) -> None:
     """Raise unless every rank can execute its row to the end.
 
     Complete: each stage has, for each micro-batch, one F and either one B or one I and one W, on
     the rank that the placement says; or, in a schedule without any backward, one F. Ordered: in
     each row an action stands after what it needs, and the members of a pair need nothing of each
-    other. Free of deadlock: a replay of all rows reaches their ends.
+    other. Free of deadlock: a replay of all rows reaches their ends, and does so with messages that
+    travel in the given way.
+
+    Args:
+        schedule: any.
+        transfers: one of `Discipline`. "buffered", in which sends never block, is what the executor
+            does and the weakest demand; the others are those of other runtimes.
 
     Raises:
         ScheduleError: the first thing that is wrong, with rank, step and action, and the schedule
-            around it. Of a deadlock, every blocked rank, what it waits for and where that stands.
+            around it. Of a deadlock, every blocked rank, what it waits for and where that stands;
+            of transfers that stand still, the ranks that wait for each other, with what, and which
+            disciplines get the schedule through.
+        ValueError: no such discipline.
     """
+    discipline = Discipline.named(transfers)
     _check_complete(schedule, _check_steps(schedule))
     _check_rows_ordered(schedule)
     _check_deadlock(schedule)
+    if discipline is not Discipline.BUFFERED:
+        _check_transfers(schedule, discipline)
 
 
 def _check_steps(schedule: Schedule) -> list[int]:
@@ -74,6 +89,8 @@ def _check_steps(schedule: Schedule) -> list[int]:
                 _check_pair(schedule, Position(rank, index), step)
             for action in actions(step):
                 stage, op, microbatch = action
+                if op.__class__ is not Op:
+                    _fail_kind(schedule, Position(rank, index), action)
                 if not (0 <= stage < stages and 0 <= microbatch < microbatches):
                     _fail_unknown(schedule, Position(rank, index), action)
                 if home[microbatch][stage] != rank:
@@ -97,6 +114,12 @@ def _check_pair(schedule: Schedule, position: Position, step: Pair) -> None:
             f"cannot overlap: {step.backward} needs {step.forward}, both being of micro-batch "
             f"{step.forward.microbatch}",
         )
+
+
+def _fail_kind(schedule: Schedule, position: Position, action: Action) -> NoReturn:
+    # A text equals the member of Op that it spells, but is not it: its time would be another's.
+    known = ", ".join(f"Op.{op.name}" for op in Op)
+    _fail(schedule, position, action, f"has {action.op!r} as its kind; it must be one of {known}")
 
 
 def _fail_unknown(schedule: Schedule, position: Position, action: Action) -> NoReturn:
@@ -162,10 +185,11 @@ def _fail_incomplete(schedule: Schedule, stage: int, microbatch: int, kinds: int
 
 def _check_rows_ordered(schedule: Schedule) -> None:
     graph = schedule.graph
-    for number, needs in enumerate(graph.needs):
-        end_of_row = graph.first[graph.rank_of[number] + 1]
-        if any(number < need < end_of_row for need in needs):
-            _fail_order(schedule, Position(*graph.position(number)))
+    for start, end in pairwise(graph.first):
+        for number in range(start, end):
+            for need in graph.needs[number]:
+                if number < need < end:
+                    _fail_order(schedule, Position(*graph.position(number)))
 
 
 def _fail_order(schedule: Schedule, position: Position) -> NoReturn:
@@ -187,7 +211,7 @@ def _check_deadlock(schedule: Schedule) -> None:
     if len(schedule.graph.order) == schedule.graph.num_steps:
         return
     order, blocked = replay(schedule)
-    circle = _circle(schedule, blocked)
+    circle = circle_of({b.position.rank: schedule.positions[b.awaited].rank for b in blocked})
     lines = [
         f"can never start: deadlock after {len(order)} of {sum(map(len, schedule.rows))} steps",
         *(
@@ -195,7 +219,7 @@ def _check_deadlock(schedule: Schedule) -> None:
             f"which stands at {_where(schedule.positions[b.awaited])}"
             for b in blocked
         ),
-        "  the circle: rank " + ", which waits for rank ".join(str(rank) for rank in circle),
+        "  the circle: rank " + ", which waits for rank ".join(map(str, (*circle, circle[0]))),
     ]
     culprit = next(b for b in blocked if b.position.rank == circle[0])
     _fail(
@@ -207,17 +231,11 @@ def _check_deadlock(schedule: Schedule) -> None:
     )
 
 
-def _circle(schedule: Schedule, blocked: Collection[Blocked]) -> list[int]:
-    """Ranks that wait for each other in a circle, the lowest first and last."""
-    waits_for = {b.position.rank: schedule.positions[b.awaited].rank for b in blocked}
-    rank = min(waits_for)
-    path: list[int] = []
-    while rank not in path:
-        path.append(rank)
-        rank = waits_for[rank]
-    circle = path[path.index(rank) :]
-    start = circle.index(min(circle))
-    return [*circle[start:], *circle[: start + 1]]
+def _check_transfers(schedule: Schedule, discipline: Discipline) -> None:
+    outcome = rendezvous(schedule, discipline)
+    if not outcome.completes:
+        position, action, message, also = standstill(schedule, outcome)
+        _fail(schedule, position, action, message, also)
 
 
 def _where(position: Position) -> str:

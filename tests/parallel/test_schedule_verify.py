@@ -215,6 +215,46 @@ def test_an_action_outside_the_placement_is_refused(action: Action) -> None:
     assert "does not exist: there are stages 0 to 1 and micro-batches 0 to 1" in str(error)
 
 
+@pytest.mark.parametrize("kind", ["F", "X"])
+def test_a_kind_that_is_a_text_is_refused(kind: str) -> None:
+    schedule = build("1f1b", ranks=2, microbatches=2)
+    rows = rows_of(schedule)
+    rows[1][2] = Action(1, kind, 1)  # pyright: ignore[reportArgumentType]
+    error = refused(with_rows(schedule, rows))
+    assert (error.rank, error.step, error.action) == (1, 2, rows[1][2])
+    assert f"has '{kind}' as its kind; it must be one of Op.F, Op.B, Op.I, Op.W" in str(error)
+
+
+def test_a_number_beyond_any_list_is_refused() -> None:
+    schedule = build("1f1b", ranks=2, microbatches=2)
+    for wrong in (Action(10**30, F, 0), Action(0, F, 10**30), Action(0, F, -1)):
+        rows = rows_of(schedule)
+        rows[0][0] = wrong
+        error = refused(with_rows(schedule, rows))
+        assert (error.rank, error.step, error.action) == (0, 0, wrong)
+
+
+def test_empty_rows_lack_the_first_forward() -> None:
+    schedule = build("1f1b", ranks=2, microbatches=2)
+    error = refused(with_rows(schedule, [[], []]))
+    assert (error.rank, error.step, error.action) == (0, 0, Action(0, F, 0))
+    error = refused(with_rows(schedule, [list(schedule.rows[0]), []]))
+    assert (error.rank, error.step, error.action) == (1, 0, Action(1, F, 0))
+    order, blocked = replay(with_rows(schedule, [[], []]))
+    assert order == blocked == ()
+
+
+def test_a_replay_counts_an_action_that_stands_twice_as_ended_when_the_first_one_has() -> None:
+    schedule = build("1f1b", ranks=2, microbatches=1)
+    rows: list[list[Step]] = [
+        [Action(0, B, 0), Action(0, F, 0)],
+        [Action(0, F, 0), Action(1, F, 0)],
+    ]
+    order, blocked = replay(with_rows(schedule, rows))
+    assert order == ((1, 0),)
+    assert [b.awaited for b in blocked] == [Action(0, F, 0), Action(0, F, 0)]
+
+
 @pytest.mark.parametrize(
     ("pair", "says"),
     [
