@@ -27,7 +27,7 @@ def backend_reason(error: RuntimeError, limit_s: float | None = None) -> str:
     """
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     text = text.split("] ", 1)[1] if text.startswith("[/") and "] " in text else text
-    if "timed out" in text.lower():
+    if "timed out" in text.lower() or "timeout after" in text.lower():
         return (
             "no answer within the limit" if limit_s is None else f"no answer within {limit_s:g} s"
         )

@@ -9,16 +9,19 @@ from .data import Corpus, open_corpus
 from .ramps import microbatches
 from .schedules import find_schedule
 from .settings import ConfigError
+from .tokens import require_ids
 
 
 def check(config: Config) -> None:
-    """Raise unless the sections of `config` fit each other and its data is there.
+    """Raise unless the sections of `config` fit each other and its data is there and sound.
 
     Raises:
         ValueError: one line that says what does not fit, and what would.
     """
     check_sizes(config)
     open_data(config)
+    if config.data.kind == "tokens":
+        require_ids(config.data.path)
 
 
 def check_sizes(config: Config) -> None:
@@ -57,24 +60,32 @@ def step_schedules(config: Config) -> dict[int, Schedule]:
     Raises:
         ValueError: the schedule does not exist for one of them.
     """
-    name, ranks = config.schedule.name, config.mesh.pp
+
+    def find(count: int) -> Schedule:
+        return find_schedule(
+            config.schedule.name,
+            ranks=config.mesh.pp,
+            microbatches=count,
+            stages_per_rank=config.schedule.stages_per_rank,
+        )
+
     full = config.schedule.microbatches
-    found = {full: find_schedule(name, ranks=ranks, microbatches=full)}
+    found = {full: find(full)}
     if config.train.ramp_start > full:
         raise ConfigError(
             f"train.ramp_start={config.train.ramp_start} is above schedule.microbatches={full}; "
             "the batch-size ramp only rises"
         )
     multiple = len(found[full].placement.routes)
-    for step in range(min(config.train.ramp_steps, config.train.steps)):
-        count = microbatches(step, config.train, config.schedule, multiple)
+    for index in range(min(config.train.ramp_steps, config.train.steps)):
+        count = microbatches(index, config.train, config.schedule, multiple)
         if count not in found:
             try:
-                found[count] = find_schedule(name, ranks=ranks, microbatches=count)
+                found[count] = find(count)
             except ValueError as error:
                 raise ConfigError(
-                    f"train.ramp_start={config.train.ramp_start}: at step {step} the batch-size "
-                    f"ramp has {count} micro-batches: {error}"
+                    f"train.ramp_start={config.train.ramp_start}: at step {index + 1} the "
+                    f"batch-size ramp has {count} micro-batches: {error}"
                 ) from None
     return found
 

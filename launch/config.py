@@ -16,6 +16,7 @@ from typing import Literal, get_args
 
 from ..model import ModelConfig
 from ..parallel.mesh import MeshShape
+from ..parallel.schedule import names
 from .settings import (
     ConfigError,
     Given,
@@ -72,11 +73,16 @@ class ScheduleConfig:
 
     name: str = option("dualpipe", "name of a schedule, or the path of a schedule file")
     microbatches: int = option(4, "micro-batches a step and data-parallel rank")
+    stages_per_rank: int | None = option(
+        None, "stages that each rank holds, of interleaved; none: the schedule's own number"
+    )
 
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError("schedule.name must not be empty")
         _require("schedule.microbatches", self.microbatches, self.microbatches >= 1, "1 or more")
+        stages = self.stages_per_rank
+        _require("schedule.stages_per_rank", stages, stages is None or stages >= 1, "1 or more")
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The optimisation. Steps count from 0; shapes of the ramps are in `ramps`."""
+    """The optimisation. Shapes of the ramps are in `ramps`."""
 
     steps: int = option(300, "optimizer steps")
     sequences: int = option(2, "sequences of a micro-batch")
@@ -137,15 +143,15 @@ class TrainConfig:
     ramp_start: int = option(0, "micro-batches of the first step, 0 for no batch-size ramp")
     ramp_steps: int = option(0, "steps until the batch has its full size")
     mtp_weight: float = option(0.3, "weight of the multi-token-prediction loss at first")
-    mtp_weight_later: float = option(0.1, "its weight from mtp_switch_step on")
+    mtp_weight_later: float = option(0.1, "its weight after mtp_switch_step steps")
     mtp_switch_step: int | None = option(
-        None, "step of the switch; none: after 10/14.8 of the steps, as DeepSeek-V3"
+        None, "steps before the switch; none: 10/14.8 of the steps, as DeepSeek-V3"
     )
     bias_update_speed: float = option(
         5e-3, "change of a router bias a step (V3: 0.001, over many more steps)"
     )
     bias_stop_step: int | None = option(
-        None, "step from which biases stay; none: after 14.3/14.8 of the steps, as DeepSeek-V3"
+        None, "steps after which biases stay; none: 14.3/14.8 of the steps, as DeepSeek-V3"
     )
     eval_every: int = option(100, "steps between evaluations, 0 for only one at the end")
     eval_batches: int = option(8, "batches of an evaluation, each of a full step's size")
@@ -246,6 +252,16 @@ def load(path: str | Path | None = None, overrides: Iterable[tuple[str, str]] = 
     if hf is not None:
         default = replace(default, model=_hugging_face(hf))
     return apply(default, given)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The same run, its schedule file and data found from whatever directory it is started in."""
+    schedule, data = config.schedule, config.data
+    if schedule.name not in names() and Path(schedule.name).exists():
+        schedule = replace(schedule, name=str(Path(schedule.name).absolute()))
+    if data.path:
+        data = replace(data, path=str(Path(data.path).absolute()))
+    return replace(config, schedule=schedule, data=data)
 
 
 def rows() -> list[Row]:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .shuffle import shuffled
-from .tokens import DataError, read_tokens
+from .tokens import DataError, read_tokens, wrong_id
 
 _log = logging.getLogger(__name__)
 
@@ -51,8 +51,13 @@ class Stream:
         *,
         separator: int,
         vocab_size: int,
+        name: str = "the tokens",
     ) -> None:
-        """Document d is tokens[offsets[d] : offsets[d + 1]]; the stream is of `documents`."""
+        """Document d is tokens[offsets[d] : offsets[d + 1]]; the stream is of `documents`.
+
+        Errors call the whole of `tokens` by `name`.
+        """
+        self._name = name
         chosen = np.asarray(documents, dtype=np.int64)
         self._tokens = tokens
         self._starts = offsets[chosen]
@@ -70,7 +75,11 @@ class Stream:
         return len(self._ends)
 
     def read(self, start: int, count: int) -> NDArray[np.int64]:
-        """Tokens start .. start + count - 1, [count] int64. The range must lie in the stream."""
+        """Tokens start .. start + count - 1, [count] int64. The range must lie in the stream.
+
+        Raises:
+            DataError: one of them is not below vocab_size.
+        """
         assert 0 <= start <= start + count <= len(self), (start, count, len(self))
         out = np.full(count, self.separator, dtype=np.int64)
         document = int(np.searchsorted(self._ends, start, side="right"))
@@ -82,7 +91,11 @@ class Stream:
             take = min(start + count, end - 1) - first  # the document's last place is its separator
             if take > 0:
                 source = int(self._starts[document]) + first - begin
-                out[done : done + take] = self._tokens[source : source + take]
+                part = self._tokens[source : source + take]
+                if part.max() >= self.vocab_size:
+                    place = int(part.argmax())
+                    raise wrong_id(self._name, int(part[place]), source + place, self.vocab_size)
+                out[done : done + take] = part
             done = end - start
             document += 1
         return out
@@ -153,7 +166,7 @@ def open_corpus(kind: str, path: str | Path = "", validation_fraction: float = 0
         )
     _log.info("%s: %d documents to train on, %d held out", name, len(train), len(validation))
     train, validation = (
-        Stream(*parts, chosen, separator=separator, vocab_size=vocab_size)
+        Stream(*parts, chosen, separator=separator, vocab_size=vocab_size, name=name)
         for chosen in (train, validation)
     )
     return Corpus(name, train, validation, vocab_size)

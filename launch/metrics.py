@@ -30,7 +30,7 @@ class MetricsWriter:
 
         Args:
             kind: "train" or "validation"; the report reads these.
-            step: the optimizer step, from 0.
+            step: the optimizer step, from 1; of an evaluation, the step before it.
             values: numbers, or lists of them; TensorBoard gets the numbers only. A number that is
                 not finite, for which JSON has no word, is written as null.
         """

@@ -27,7 +27,7 @@ class Progress:
     def update(
         self, step: int, *, loss: float, lr: float, tokens_per_second: float, grad_norm: float
     ) -> None:
-        """Say that `step` (from 0) has ended.
+        """Say that `step` (from 1) has ended.
 
         Args:
             loss: nats per token.
@@ -40,9 +40,9 @@ class Progress:
             f"{tokens_per_second:,.0f} tokens/s"
         )
         if self._bar is not None:
-            self._bar.update(self._task, completed=step + 1, text=text)
-        elif (step + 1) % self._log_every == 0 or step + 1 == self._steps or self._begun is None:
-            self._line(f"step {step + 1}/{self._steps}  {text}  {self._eta(step)}".rstrip())
+            self._bar.update(self._task, completed=step, text=text)
+        elif step % self._log_every == 0 or step == self._steps or self._begun is None:
+            self._line(f"step {step}/{self._steps}  {text}  {self._eta(step)}".rstrip())
         if self._begun is None:
             self._begun = (time.monotonic(), step)
 
@@ -76,7 +76,7 @@ class Progress:
         if self._begun is None or step <= self._begun[1]:
             return ""
         pace = (time.monotonic() - self._begun[0]) / (step - self._begun[1])
-        minutes, seconds = divmod(round(pace * (self._steps - 1 - step)), 60)
+        minutes, seconds = divmod(round(pace * (self._steps - step)), 60)
         return f"eta {minutes}:{seconds:02d}"
 
 

@@ -1,7 +1,7 @@
 """What changes as a run goes on, as pure functions of the step: learning rate, batch, weights.
 
-Steps count from 0. The shapes are those of DeepSeek-V3's pre-training (arXiv 2412.19437, section
-4.2).
+`step` is an index here, the number of steps before it; what people read counts from 1. The shapes
+are those of DeepSeek-V3's pre-training (arXiv 2412.19437, section 4.2).
 """
 
 from __future__ import annotations

@@ -19,6 +19,8 @@ from ..parallel.schedule import Pair, Step, parse_step
 from ..parallel.schedule.text_form import from_text
 from ..parallel.simulate import Costs, simulate
 
+# Every run has one of these, however early it ended.
+_OF_A_RUN = ("config.toml", "metrics.jsonl", "result.json")
 KINDS = ("F", "B", "I", "W", "pair")
 
 
@@ -118,10 +120,15 @@ def read_run(folder: Path) -> RunData:
     """Read a run's folder.
 
     Raises:
-        ValueError: there is no such folder, or a file in it is not what it should be.
+        ValueError: there is no such folder of a run, or a file in it is not what it should be.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not the folder of a run; runs are kept in runs/NAME")
+    if not any((folder / name).exists() for name in _OF_A_RUN):
+        raise ValueError(
+            f"{folder} is not the folder of a run: it has none of {', '.join(_OF_A_RUN)}; runs are "
+            "kept in runs/NAME"
+        )
     result = _read_object(folder / "result.json") or {}
     timeline = _read_object(folder / "timeline.json")
     load = _read_object(folder / "load.json")
@@ -193,7 +200,14 @@ def read_timeline(data: dict[str, Any]) -> Timeline | None:
         )
         if missing:
             raise ValueError(f"no step of kind {', '.join(missing)} was measured")
-        spans = simulate(schedule, Costs(**medians)).spans
+        costs = Costs(
+            F=medians["F"] if "F" in medians else medians["pair"],
+            I=medians.get("I", 0.0),
+            W=medians.get("W", 0.0),
+            B=medians.get("B"),
+            pair=medians.get("pair"),
+        )
+        spans = simulate(schedule, costs).spans
     except ValueError as error:
         return Timeline(name, measured, None, str(error).split("\n")[0])
     planned = tuple(tuple(Bar(s.step, s.start, s.end) for s in row) for row in spans)

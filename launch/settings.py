@@ -139,7 +139,7 @@ def _rows(cls: type, config: Any, prefix: str) -> Iterable[Row]:
     for field in _fields(cls):
         key, hint = prefix + field.name, hints[field.name]
         value = getattr(config, field.name, field.default)
-        doc = field.metadata.get("doc") or docs.get(field.name, "")
+        doc = field.metadata.get("doc") or docs.get(field.name, "").removesuffix(".")
         section = _section(hint)
         if section is None:
             default = "" if value is dataclasses.MISSING else _format(value)

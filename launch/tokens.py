@@ -143,6 +143,37 @@ def read_tokens(path: str | Path) -> TokenFile:
     return TokenFile(tokens, offsets, vocab_size, separator)
 
 
+def require_ids(path: str | Path, limit: int = 1 << 31) -> None:
+    """Raise unless every id of a token file is below its vocabulary size.
+
+    Args:
+        path: NAME.bin.
+        limit: tokens to look at; of a longer file, whose training reads what it needs only, this is
+            the beginning, and a wrong id further on is found when it is read.
+
+    Raises:
+        DataError: names the largest id and its place, or what `read_tokens` finds.
+    """
+    file = read_tokens(path)
+    largest, place = -1, 0
+    step = 1 << 24
+    for start in range(0, min(len(file.tokens), limit), step):
+        part = file.tokens[start : min(start + step, limit)]
+        if int(part.max()) > largest:
+            largest, place = int(part.max()), start + int(part.argmax())
+    if largest >= file.vocab_size:
+        raise wrong_id(str(path), largest, place, file.vocab_size)
+
+
+def wrong_id(name: str, largest: int, place: int, vocab_size: int) -> DataError:
+    """The error for a token file `name` whose token at `place` is outside its vocabulary."""
+    return DataError(
+        f"{name}: token {place} has the id {largest}, but the index beside it says that ids are "
+        f"below {vocab_size}; write the file again with the tokenizer's vocab_size, or with the "
+        "tokenizer that it is meant for"
+    )
+
+
 def _index_of(path: Path) -> Path:
     if path.suffix != ".bin":
         raise DataError(f"{path}: a token file's name ends in .bin")

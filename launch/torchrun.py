@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 
+from ..comm.waiting import name_ranks
 from .settings import ConfigError
 
 
@@ -51,8 +52,11 @@ def start(arguments: Sequence[str], *, nproc: int, port: int) -> int:
     try:
         torchrun.run(torchrun.parse_args(command))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        return _report(rank, failure.exitcode)
+        failed = {r: (f.exitcode, float(f.timestamp)) for r, f in error.failures.items()}
+        message, status = verdict(failed)
+        if message:
+            print(f"counterflow: error: {message}", file=sys.stderr)
+        return status
     except SignalException as error:
         return 128 + error.sigval
     except DistNetworkError as error:  # someone took the port after we looked
@@ -129,15 +133,38 @@ def die_with_launcher(environ: Mapping[str, str] = os.environ) -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def _report(rank: int, exitcode: int) -> int:
-    if exitcode < 0:
-        name = signal.Signals(-exitcode).name
-        print(f"counterflow: error: rank {rank} was ended by {name}", file=sys.stderr)
-        return 1
-    if exitcode != 2:  # with 2 the rank has said what was wrong
-        print(
-            f"counterflow: error: rank {rank} ended with exit status {exitcode}; what it said is "
-            "above",
-            file=sys.stderr,
-        )
-    return exitcode
+def verdict(failed: Mapping[int, tuple[int, float]]) -> tuple[str, int]:
+    """What to say of a run whose ranks failed, and its exit status.
+
+    torchrun looks at its ranks five times a second, so those that failed because another was gone
+    are often found together with it, by the whole second; the rest it has ended itself.
+
+    Args:
+        failed: by rank, in the order found: exit status, negative for a signal, and when, seconds.
+
+    Returns:
+        One line, or "" where the rank at fault has said what was wrong; and the exit status.
+    """
+    first = min(when for _, when in failed.values())
+    at_once = {r: status for r, (status, when) in failed.items() if when <= first + 1}
+    rank = min(at_once, key=lambda r: _consequence(at_once[r]))
+    status = at_once[rank]
+    # 30 s after SIGTERM torchrun sends SIGKILL.
+    stuck = [r for r, (s, when) in failed.items() if s == -signal.SIGKILL and r not in at_once]
+    also = f"; {name_ranks(stuck)} did not answer SIGTERM: stopped, or hung" if stuck else ""
+    if status < 0:
+        return f"rank {rank} was ended by {signal.Signals(-status).name}{also}", 1
+    if status == 2 and not also:
+        return "", 2
+    return f"rank {rank} ended with exit status {status}; what it said is above{also}", status
+
+
+def _consequence(status: int) -> int:
+    """How likely a rank ended like this because of another, from 0 up."""
+    if status in (-signal.SIGTERM, 128 + signal.SIGTERM):
+        return 4  # as torchrun ends the others
+    if status == -signal.SIGABRT:
+        return 3  # as a communication library may end when a peer is gone
+    if status < 0:
+        return 0
+    return 1 if status == 2 else 2  # 2: a mistake that it found itself

@@ -7,15 +7,12 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from datetime import timedelta
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -30,17 +27,18 @@ from .check import open_data, step_schedules
 from .config import Config
 from .data import Loader, unigram_entropy
 from .engine import Engine, StepResult
+from .folder import RESULTS
 from .metrics import MetricsWriter
 from .progress import Progress
 from .ramps import bias_update_speed, learning_rate, microbatches, mtp_weight
 from .torchrun import choose_device
 from .watch import SignalWatch
+from .world import Place, joined, waiting_to_join
 
 _log = logging.getLogger(__name__)
 
 # What a result says of the end of training is a mean over this many steps.
 _LAST = 10
-_RESULTS = ("result.json", "timeline.json", "load.json", "report.html")
 
 
 def train(config: Config, folder: Path) -> None:
@@ -50,49 +48,46 @@ def train(config: Config, folder: Path) -> None:
         ValueError: the configuration, the data or a step's numbers are unusable.
         CommError: another rank is gone or did not answer in time.
     """
-    where = _Whereabouts()
-    with SignalWatch(where.line), _world(config) as device:
-        where.doing = "making the process groups"
-        mesh = Mesh.create(config.mesh, timeout_s=config.run.timeout_s)
-        where.doing = "building the model"
-        run = _Run(config, mesh, device, folder)
-        where.run = run
-        run.all_steps()
-        result = run.finish()
-        if mesh.rank == 0:
-            _conclude(folder, result)
+    place, limit_s = Place.of(os.environ), config.run.timeout_s
+    where = _Whereabouts(place.rank)
+    with SignalWatch(where.line):
+        device = _device(config, place)
+        # CPU tensors, such as headers of transfers, travel over gloo in either case.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        with joined(place, backend, timeout_s=limit_s):
+            where.doing = "making the process groups"
+            with waiting_to_join(place, limit_s):
+                mesh = Mesh.create(config.mesh, timeout_s=limit_s)
+            where.doing = "building the model"
+            run = _Run(config, mesh, device, folder)
+            where.run = run
+            run.all_steps()
+            result = run.finish()
+            if result is not None:
+                _conclude(folder, result)
 
 
 class _Whereabouts:
     """What this rank is doing, for whoever ends it."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
         self.doing = "joining the other ranks"
         self.run: _Run | None = None
 
     def line(self) -> str:
         if self.run is not None:
             return self.run.where()
-        return f"rank {os.environ.get('RANK', '?')}, before the first step, {self.doing}"
+        return f"rank {self.rank}, before the first step, {self.doing}"
 
 
-@contextmanager
-def _world(config: Config) -> Iterator[torch.device]:
-    """torch.distributed's world, and this rank's device, for the length of a run."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    kind = choose_device(config.run.device, local_size)
-    if kind == "cuda":
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-    # CPU tensors, such as headers of transfers, travel over gloo in either case.
-    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.run.timeout_s))
-    yield device
-    # Not after an error: a peer may be gone, and taking a group down then waits for it.
-    dist.destroy_process_group()
+def _device(config: Config, place: Place) -> torch.device:
+    """Where this rank computes."""
+    if choose_device(config.run.device, place.local_world_size) == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", place.local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 class _Run:
@@ -116,7 +111,7 @@ class _Run:
             timeout_s=config.run.timeout_s,
         )
         self.loader = self._loader(self.corpus.train)
-        self.step_index = 0
+        self.step = 0  # under way or last run; the first is 1
         self.seconds = 0.0  # in training steps, evaluation not counted
         self.tokens = 0
         self.recent: deque[StepResult] = deque(maxlen=_LAST)
@@ -124,7 +119,7 @@ class _Run:
 
     def where(self) -> str:
         """One line that says what this rank is doing."""
-        position = f"rank {self.mesh.rank}, step {self.step_index}, {self.engine.pipeline.position}"
+        position = f"rank {self.mesh.rank}, step {self.step}, {self.engine.pipeline.position}"
         return ", ".join(filter(None, (position, self.mesh.waits.now)))
 
     def all_steps(self) -> None:
@@ -132,25 +127,23 @@ class _Run:
         with ExitStack() as open_things:
             metrics = progress = None
             if self.mesh.rank == 0:
-                for (
-                    name
-                ) in _RESULTS:  # of an earlier run of this name, not to be taken for this one
+                for name in RESULTS:
                     (self.folder / name).unlink(missing_ok=True)
                 metrics = open_things.enter_context(MetricsWriter(self.folder))
                 progress = Progress(train.steps, log_every=train.log_every)
                 progress.note(self._introduction())
                 open_things.enter_context(progress)
-            for step in range(train.steps):
-                self.step_index = step
+            for index in range(train.steps):
+                self.step = step = index + 1
                 began = time.perf_counter()
-                result, num_tokens = self._step(step)
+                result, num_tokens = self._step(index)
                 took = time.perf_counter() - began
                 self.seconds += took
                 self.tokens += num_tokens
                 self.recent.append(result)
                 rate = num_tokens / took
                 if metrics and progress:
-                    lr = learning_rate(step, train)
+                    lr = learning_rate(index, train)
                     self._write(metrics, step, result, lr, rate)
                     progress.update(
                         step,
@@ -159,18 +152,19 @@ class _Run:
                         tokens_per_second=rate,
                         grad_norm=result.grad_norm,
                     )
-                last = step + 1 == train.steps
-                if last or (train.eval_every and (step + 1) % train.eval_every == 0):
+                if step == train.steps or (train.eval_every and step % train.eval_every == 0):
                     self.validation_loss = self._validate()
                     if metrics and progress:
                         metrics.write("validation", step, loss=self.validation_loss)
                         progress.note(
-                            f"step {step + 1}: validation {self.validation_loss:.4f} nats a token"
+                            f"step {step}: validation {self.validation_loss:.4f} nats a token"
                         )
 
-    def finish(self) -> dict[str, Any]:
-        """Gather what the report needs and write it; returns the result, complete on rank 0."""
+    def finish(self) -> dict[str, Any] | None:
+        """Gather what the report needs and write it; returns the result on rank 0."""
         self._write_timeline()
+        if self.mesh.rank:
+            return None
         config, train = self.config, self.config.train
         results = list(self.recent)
         loads: dict[str, NDArray[np.int64]] = {}
@@ -178,9 +172,8 @@ class _Run:
             for name, load in result.loads.items():
                 layer = name.split(".")[2]
                 loads[layer] = loads.get(layer, np.zeros(len(load), np.int64)) + np.array(load)
-        if self.mesh.rank == 0:
-            layers = {layer: load.tolist() for layer, load in loads.items()}
-            _write_json(self.folder / "load.json", {"layers": layers})
+        layers = {layer: load.tolist() for layer, load in loads.items()}
+        _write_json(self.folder / "load.json", {"layers": layers})
         return {
             "train_loss": float(np.mean([r.losses["main"] for r in results])),
             "validation_loss": self.validation_loss,
@@ -203,24 +196,24 @@ class _Run:
             "torch": torch.__version__,
         }
 
-    def _step(self, step: int) -> tuple[StepResult, int]:
-        """One optimizer step; returns its result and the number of tokens of the global batch."""
+    def _step(self, index: int) -> tuple[StepResult, int]:
+        """One optimizer step, the first at index 0; its result and the global batch's tokens."""
         config, train = self.config, self.config.train
         multiple = len(self.full.placement.routes)
-        count = microbatches(step, train, config.schedule, multiple)
+        count = microbatches(index, train, config.schedule, multiple)
         schedule = self.schedules[count]
         if schedule is not self.engine.pipeline.schedule:
             self.engine.pipeline.use(schedule)
-        if step + 1 == train.steps:  # whose timeline is kept: let its clocks begin together
+        if index + 1 == train.steps:  # whose timeline is kept: let its clocks begin together
             self._wait_for_all("the ranks of the pipeline")
         inputs, targets = self._batch(self.loader, count)
         result = self.engine.step(
             inputs,
             targets,
-            lr=learning_rate(step, train),
+            lr=learning_rate(index, train),
             max_norm=train.grad_clip,
-            mtp_weight=mtp_weight(step, train),
-            bias_update_speed=bias_update_speed(step, train),
+            mtp_weight=mtp_weight(index, train),
+            bias_update_speed=bias_update_speed(index, train),
         )
         return result, inputs.numel() * self.mesh.shape.dp
 
@@ -318,14 +311,19 @@ def _conclude(folder: Path, result: dict[str, Any]) -> None:
     from .report import write_report
 
     report = write_report(folder)
-    below = result["unigram_entropy"] - result["validation_loss"]
-    print(
-        f"validation loss {result['validation_loss']:.4f} nats a token, {below:.4f} under the "
-        f"unigram entropy of the held-out text, {result['unigram_entropy']:.4f}"
-    )
+    print(verdict(result["validation_loss"], result["unigram_entropy"]))
     print(
         f"{result['steps']} steps in {result['seconds']:.1f} s, "
         f"{result['tokens_per_second']:,.0f} tokens/s; report: {report}"
+    )
+
+
+def verdict(loss: float, entropy: float) -> str:
+    """How a validation loss stands to the unigram entropy, both in nats per token."""
+    side = "above" if loss > entropy else "under"
+    return (
+        f"validation loss {loss:.4f} nats a token, {abs(entropy - loss):.4f} {side} the unigram "
+        f"entropy of the held-out text, {entropy:.4f}"
     )
 
 

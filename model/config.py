@@ -16,12 +16,14 @@ class Yarn:
     """Context extension by YaRN (arXiv 2309.00071), as `rope_scaling` in config.json has it.
 
     Attributes:
-        factor: s, the ratio of the new context length to the original.
-        original_max_position_embeddings: tokens of context before the extension.
-        beta_fast, beta_slow: turns over the original context above which a frequency is kept, and
-            below which it is divided by `factor`; between them a linear ramp.
-        mscale, mscale_all_dim: with m(a) = 0.1 a ln(factor) + 1, the rotated parts are scaled by
-            m(mscale) / m(mscale_all_dim) and the softmax by m(mscale_all_dim) squared.
+        factor: the new context length over the original (s).
+        original_max_position_embeddings: length of the context before the extension, tokens.
+        beta_fast: turns in the original context from which on a frequency is kept; down to
+            beta_slow there is a linear ramp.
+        beta_slow: turns in the original context below which a frequency is divided by factor.
+        mscale: with m(a) = 0.1 a ln(factor) + 1, rotated parts are scaled by m(mscale) /
+            m(mscale_all_dim).
+        mscale_all_dim: the softmax is scaled by m(mscale_all_dim) squared; 0 for not at all.
     """
 
     factor: float
@@ -52,33 +54,41 @@ class ModelConfig:
     The defaults are DeepSeek-V3's (arXiv 2412.19437, section 4.2) at its pre-training context.
 
     Attributes:
-        vocab_size: tokens of the vocabulary.
-        hidden_size: d.
-        intermediate_size: inner size of the dense feed-forward layers.
-        moe_intermediate_size: inner size of one expert.
-        num_hidden_layers: decoder layers, multi-token prediction not counted.
-        first_k_dense_replace: leading layers with a dense feed-forward instead of experts.
-        num_attention_heads: n_h.
-        q_lora_rank: d_c', the query compression; None leaves queries uncompressed.
-        kv_lora_rank: d_c, the key-value compression.
-        qk_nope_head_dim, qk_rope_head_dim, v_head_dim: a head's unrotated, rotated, value sizes.
-        n_routed_experts, n_shared_experts, num_experts_per_tok: N_r, N_s, K_r.
-        n_group, topk_group: groups of experts, and M, how many of them a token may use.
-        scoring_func: affinities by "sigmoid" (V3) or "softmax" (V2).
-        topk_method: "noaux_tc" adds the balancing bias for selection and scores a group by the sum
-            of its top 2 (V3); "group_limited_greedy" scores it by its highest (V2); "greedy" knows
-            no groups (V2-Lite).
-        norm_topk_prob: selected affinities are divided by their sum.
-        routed_scaling_factor: then multiplied by this.
-        rope_theta: base of the rotary frequencies.
-        yarn: context extension, or None.
-        max_position_embeddings: longest sequence, tokens.
-        rms_norm_eps: epsilon of the norms (those of the compressed latents have 1e-6 always).
+        vocab_size: number of token ids, rows of the embedding and of the output head.
+        hidden_size: channels of a token between layers (d).
+        intermediate_size: channels inside the feed-forward of a dense layer.
+        moe_intermediate_size: channels inside the feed-forward of one expert.
+        num_hidden_layers: number of decoder layers, those of multi-token prediction not counted.
+        first_k_dense_replace: number of leading layers with a dense feed-forward and no experts.
+        num_attention_heads: number of attention heads of a layer (n_h).
+        q_lora_rank: channels that queries are compressed to (d_c'); none leaves them uncompressed.
+        kv_lora_rank: channels that keys and values are compressed to (d_c), as they are cached.
+        qk_nope_head_dim: channels of a query or key head without rotary position (d_h).
+        qk_rope_head_dim: channels of a query or key head with rotary position (d_h^R), even.
+        v_head_dim: channels of a value head.
+        n_routed_experts: number of routed experts of a layer (N_r).
+        n_shared_experts: number of experts of a layer that every token uses (N_s).
+        num_experts_per_tok: number of routed experts that a token uses (K_r).
+        n_group: number of groups that a layer's routed experts are divided into.
+        topk_group: number of groups that a token's experts may come from (M), n_group for any.
+        scoring_func: how a token's affinity to an expert is computed, "sigmoid" (V3) or "softmax"
+            (V2).
+        topk_method: how experts are selected: "noaux_tc" adds the balancing bias and scores a group
+            by the sum of its top 2 (V3); "group_limited_greedy" scores it by its highest (V2);
+            "greedy" knows no groups (V2-Lite).
+        norm_topk_prob: whether the affinities of a token's experts are divided by their sum.
+        routed_scaling_factor: factor of these affinities after that, without unit.
+        rope_theta: base of the rotary frequencies, without unit.
+        yarn: extension of the context beyond that of rope_theta, or none.
+        max_position_embeddings: length of the longest sequence, tokens.
+        rms_norm_eps: what the norms add to the mean square (those of the compressed queries, keys
+            and values add 1e-6 always).
         initializer_range: standard deviation of every initial weight.
-        tie_word_embeddings: the output head is the embedding.
-        num_nextn_predict_layers: D, the depth of multi-token prediction; 0 is none.
-        aux_loss_alpha: weight of the balance loss (alpha of eq. 17).
-        init_seed: initial weights are a function of this and of their names. Not in config.json.
+        tie_word_embeddings: whether the output head has the embedding's weights.
+        num_nextn_predict_layers: number of further tokens that are predicted at each position, a
+            layer each (D); 0 for none.
+        aux_loss_alpha: weight of the sequence-wise balance loss (alpha of eq. 17); 0 for none.
+        init_seed: seed of the initial weights, with their names. Not in config.json.
     """
 
     vocab_size: int = 129280

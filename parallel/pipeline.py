@@ -35,7 +35,7 @@ class PipelineError(CommError):
 
     Attributes:
         rank: global rank of this process.
-        step: the training step under way, from 0: calls of `Pipeline.step` before it.
+        step: the training step under way or last run: the first call of `Pipeline.step` is 1.
         position: "action 1F3", or what the rank did outside its row.
         peers: global ranks that were waited for.
     """
@@ -121,7 +121,7 @@ class Pipeline:
         self.modules = _by_stage(stages, schedule, mesh)
         self.loss_names = _distinct(("main", *loss_names))
         self.report = self._last_step = StepReport()
-        self.step_index = -1
+        self.step_number = 0
         self.position = _BETWEEN
         self._last = schedule.num_stages - 1
         if self._last in self.modules and loss_fn is None:
@@ -193,7 +193,7 @@ class Pipeline:
         if not self.schedule.has_backward:
             raise ValueError(f"schedule {self.schedule.name} only runs forward; call evaluate")
         data = self._data(batch, targets)
-        self.step_index += 1
+        self.step_number += 1
         # Replicas have summed the gradients of earlier steps already: only this step's are summed.
         replicated = self.replicas.parameters if sum_replicas else []
         earlier = [parameter.grad for parameter in replicated]
@@ -303,9 +303,9 @@ class Pipeline:
             raise
         except CommError as error:
             reason = str(error).removeprefix(f"rank {rank}: ")
-            raise PipelineError(rank, self.step_index, position, reason, error.peers) from error
+            raise PipelineError(rank, self.step_number, position, reason, error.peers) from error
         except Exception as error:
-            error.add_note(f"rank {rank}, step {self.step_index}, {position}")
+            error.add_note(f"rank {rank}, step {self.step_number}, {position}")
             raise
         # After an error the position stays, for whoever tells of it.
         self.position = before

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from counterflow.launch.check import check, check_sizes, step_schedules
 from counterflow.launch.config import Config, load
+from counterflow.launch.tokens import write_tokens
 from counterflow.parallel.schedule import build, save
 
 
@@ -26,7 +28,18 @@ def test_the_default_run_passes() -> None:
     [
         ([("run.nproc", "3")], ["needs 4 processes", "3 were started"]),
         ([("schedule.microbatches", "5")], ["dualpipe", "5"]),
-        ([("schedule.microbatches", "2")], ["dualpipe", "2", "4"]),
+        (
+            [("schedule.name", "1f1b"), ("schedule.stages_per_rank", "2")],
+            ["1f1b: ", "leave stages_per_rank out", "interleaved"],
+        ),
+        (
+            [("schedule.name", "interleaved"), ("schedule.stages_per_rank", "1")],
+            ["stages_per_rank=1", "use 2, or 1f1b"],
+        ),
+        (
+            [("schedule.name", "interleaved"), ("schedule.stages_per_rank", "3")],
+            ["schedule.name=interleaved", "mesh.pp=2", "4 layers", "6 stages"],
+        ),
         ([("mesh.pp", "3"), ("schedule.microbatches", "6")], ["dualpipe", "3"]),
         ([("schedule.name", "dualpip")], ["dualpip", "did you mean 'dualpipe'"]),
         ([("schedule.name", "mine.csv")], ["mine.csv: no such schedule file"]),
@@ -40,7 +53,7 @@ def test_the_default_run_passes() -> None:
         ([("model.vocab_size", "100")], ["model.vocab_size=100", "at least 256"]),
         (
             [("train.ramp_start", "3"), ("train.ramp_steps", "9")],
-            ["train.ramp_start=3", "step 0", "3 micro-batches"],
+            ["train.ramp_start=3", "step 1", "3 micro-batches"],
         ),
         (
             [("train.ramp_start", "8"), ("train.ramp_steps", "9")],
@@ -55,6 +68,16 @@ def test_what_does_not_fit_is_refused_with_the_reason(
     message = refusal(*overrides)
     for word in words:
         assert word in message
+
+
+def test_stages_per_rank_are_those_of_the_configuration() -> None:
+    named = [("schedule.name", "interleaved"), ("model.num_hidden_layers", "6")]
+    for more, stages in ((), 4), ([("schedule.stages_per_rank", "3")], 6):
+        config = load(None, [*named, *more])
+        check_sizes(config)
+        assert step_schedules(config)[4].num_stages == stages
+    with pytest.raises(ValueError, match=r"schedule\.stages_per_rank must be 1 or more, got 0"):
+        load(None, [*named, ("schedule.stages_per_rank", "0")])
 
 
 def test_too_little_text_is_refused(tmp_path: Path) -> None:
@@ -74,6 +97,16 @@ def test_a_schedule_file_must_have_the_sizes_of_the_run(tmp_path: Path) -> None:
     assert "has 4 micro-batches, not 6" in refusal(
         ("schedule.name", str(file)), ("schedule.microbatches", "6")
     )
+
+
+def test_a_token_file_with_an_id_outside_its_vocabulary_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.bin"
+    write_tokens(path, [[d] * 300 for d in range(20)], vocab_size=256, separator=0)
+    data = [("data.kind", "tokens"), ("data.path", str(path))]
+    check(load(None, data))
+    tokens = np.memmap(path, dtype="<u2", mode="r+")
+    tokens[4321] = 256
+    assert refusal(*data).startswith(f"{path}: token 4321 has the id 256, but ")
 
 
 def test_a_ramp_has_a_schedule_for_every_size_of_its_steps() -> None:

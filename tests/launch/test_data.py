@@ -1,6 +1,7 @@
 """Corpora, their split, their order and its shards."""
 
 import math
+import re
 import sysconfig
 from itertools import chain
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from counterflow.launch.data import Loader, Stream, open_corpus, split, unigram_entropy
 from counterflow.launch.shuffle import shuffled
-from counterflow.launch.tokens import DataError, read_tokens, write_tokens
+from counterflow.launch.tokens import DataError, read_tokens, require_ids, write_tokens
 
 SEPARATOR = 99
 
@@ -317,3 +318,38 @@ def test_damage_of_a_token_file_is_found(tmp_path: Path) -> None:
         read_tokens(path)
     with pytest.raises(DataError, match=r"ends in \.bin"):
         read_tokens(tmp_path / "c.txt")
+
+
+def with_wrong_id(path: Path, place: int, wrong: int) -> Path:
+    """A token file of 100 documents of 50 tokens, one of them outside the vocabulary of 1000."""
+    write_tokens(path, [[d] * 50 for d in range(100)], vocab_size=1000, separator=999)
+    tokens = np.memmap(path, dtype="<u2", mode="r+")
+    tokens[place] = wrong
+    tokens.flush()
+    return path
+
+
+@pytest.mark.parametrize("place", [0, 2500, 4999])
+def test_an_id_outside_the_vocabulary_is_found_with_its_place(tmp_path: Path, place: int) -> None:
+    path = with_wrong_id(tmp_path / "c.bin", place, 1000)
+    message = rf"c\.bin: token {place} has the id 1000, .* below 1000; write the file again"
+    with pytest.raises(DataError, match=message):
+        require_ids(path)
+    require_ids(path, limit=place)  # of a longer file only the beginning is looked at
+    corpus = open_corpus("tokens", path, 0.1)
+    found = []
+    for stream in (corpus.train, corpus.validation):
+        try:
+            stream.read(0, len(stream))
+        except DataError as error:
+            found.append(str(error))
+    assert len(found) == 1
+    assert re.search(message, found[0])
+
+
+def test_the_largest_of_several_wrong_ids_is_named(tmp_path: Path) -> None:
+    path = with_wrong_id(tmp_path / "c.bin", 7, 1000)
+    tokens = np.memmap(path, dtype="<u2", mode="r+")
+    tokens[30:33] = 1001, 65535, 1002
+    with pytest.raises(DataError, match="token 31 has the id 65535"):
+        require_ids(path)

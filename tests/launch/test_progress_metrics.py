@@ -20,7 +20,7 @@ class Terminal(io.StringIO):
 
 def run_through(stream: io.StringIO, steps: int, log_every: int) -> str:
     with Progress(steps, log_every=log_every, stream=stream) as progress:
-        for step in range(steps):
+        for step in range(1, steps + 1):
             progress.update(
                 step, loss=5.0 - step / 10, lr=1e-3, tokens_per_second=12345.6, grad_norm=0.5
             )
@@ -32,7 +32,7 @@ def test_without_a_terminal_there_is_a_line_every_so_many_steps_and_for_first_an
     lines = run_through(io.StringIO(), steps=25, log_every=10).splitlines()
     assert [line.split()[1] for line in lines[:-1]] == ["1/25", "10/25", "20/25", "25/25"]
     assert lines[1].startswith(
-        "step 10/25  loss 4.1000  lr 1.00e-03  grad norm 0.500  12,346 tokens/s"
+        "step 10/25  loss 4.0000  lr 1.00e-03  grad norm 0.500  12,346 tokens/s"
     )
     assert "eta 0:00" in lines[-2]
     assert lines[-1] == "validation loss [2.0]"
@@ -42,7 +42,7 @@ def test_on_a_terminal_there_is_a_bar_and_notes_stay_whole() -> None:
     pytest.importorskip("rich")
     shown = run_through(Terminal(), steps=3, log_every=1)
     assert "3/3" in shown
-    assert "loss 4.8000" in shown
+    assert "loss 4.7000" in shown
     assert "validation loss [2.0]" in shown
 
 
@@ -99,3 +99,10 @@ def test_metrics_are_written_where_tensorboard_is_broken(tmp_path: Path) -> None
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 1.0
     assert not (tmp_path / "tensorboard").exists()
+
+
+def test_a_loss_is_said_to_be_under_or_above_the_unigram_entropy() -> None:
+    from counterflow.launch.trainer import verdict
+
+    assert "2.0000 nats a token, 1.2500 under the unigram entropy" in verdict(2.0, 3.25)
+    assert "4.4200 nats a token, 1.1700 above the unigram entropy" in verdict(4.42, 3.25)

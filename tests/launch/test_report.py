@@ -16,7 +16,7 @@ import pytest
 from counterflow.launch.palette import DARK, LIGHT
 from counterflow.launch.report import to_html, write_report
 from counterflow.launch.run_data import RunData, idle_share, makespan_ms, read_run
-from counterflow.parallel.schedule import build
+from counterflow.parallel.schedule import Action, Op, build
 from counterflow.parallel.schedule.text_form import to_text
 from counterflow.parallel.simulate import Costs, simulate
 
@@ -73,6 +73,7 @@ def make_run(parent: Path) -> Path:
             "schedule": "<script>alert('x')</script>",
         },
     )
+    write(folder / "config.toml", "")
     write(folder / "timeline.json", measured_timeline())
     write(
         folder / "load.json",
@@ -255,7 +256,7 @@ def test_writing_a_report_needs_neither_torch_nor_pyplot(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "missing", ["metrics.jsonl", "result.json", "timeline.json", "load.json", "*"]
+    "missing", ["metrics.jsonl", "result.json", "timeline.json", "load.json", "*.json*"]
 )
 def test_what_is_missing_is_left_out(folder: Path, missing: str) -> None:
     for path in list(folder.glob(missing)):
@@ -268,7 +269,7 @@ def test_what_is_missing_is_left_out(folder: Path, missing: str) -> None:
         "load.json": "Load of the experts",
     }
     for name, said in sections.items():
-        assert (said in page.text) == (missing not in (name, "*")), said
+        assert (said in page.text) == (missing not in (name, "*.json*")), said
 
 
 def test_half_a_last_line_of_a_killed_run_is_left_out(folder: Path) -> None:
@@ -312,9 +313,30 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
         write_report(tmp_path / "nowhere")
 
 
+def test_a_folder_that_is_no_runs_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "load.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is not the folder of a run: it has none of config"):
+        write_report(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["load.json"]
+
+
 def test_bars_of_every_kind_differ_without_colour() -> None:
     plots = pytest.importorskip("counterflow.launch.plots")
     assert len(set(plots.HATCHES.values())) == len(plots.HATCHES) == 4
+
+
+@pytest.mark.parametrize("action", [Action(0, Op.F, 3), Action(1, Op.W, 1), Action(10, Op.W, 12)])
+def test_a_bar_is_labelled_where_the_label_as_drawn_leaves_its_ends_clear(action: Action) -> None:
+    plots = pytest.importorskip("counterflow.launch.plots")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(plots.Figure(dpi=720))  # ten pixels a point
+    drawn = canvas.figure.text(0, 0, str(action), fontsize=6.5)
+    width = drawn.get_window_extent(canvas.get_renderer()).width / 10
+    slack = 0.05 * len(str(action))  # the renderer rounds each glyph to whole pixels
+    assert plots._label(action, width + 2 + slack) == str(action)
+    assert plots._label(action, width + 2 - slack) == str(action.microbatch)
+    assert plots._label(action, 4.0) == ""
 
 
 def test_an_empty_run_says_that_it_has_not_ended() -> None:

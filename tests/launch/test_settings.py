@@ -7,10 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counterflow.launch.config import Config, DataConfig, RunConfig, TrainConfig, load, rows
+from counterflow.launch.config import (
+    Config,
+    DataConfig,
+    RunConfig,
+    TrainConfig,
+    load,
+    rows,
+    with_absolute_paths,
+)
 from counterflow.launch.settings import ConfigError, to_toml
 from counterflow.model import ModelConfig, Yarn
 from counterflow.parallel.mesh import MeshShape
+from counterflow.parallel.schedule import build, save
 
 
 def written(folder: Path, text: str) -> Path:
@@ -177,6 +186,12 @@ def test_every_key_has_a_line_of_help_and_is_accepted_with_its_own_default() -> 
     assert load(None, given) == Config()
 
 
+def test_every_key_of_the_model_has_a_help_text_of_its_own() -> None:
+    texts = [row.doc for row in rows() if row.key.startswith("model.")]
+    assert len(set(texts)) == len(texts)
+    assert all(len(text.split()) >= 4 for text in texts)
+
+
 names = st.text(st.characters(blacklist_characters="/\0", codec="utf-8"), min_size=1).filter(
     lambda name: name not in (".", "..")
 )
@@ -213,3 +228,17 @@ def test_toml_round_trips(
     file = tmp_path_factory.mktemp("toml") / "config.toml"
     file.write_text(to_toml(config), encoding="utf-8")
     assert load(file) == config
+
+
+def test_paths_are_saved_so_that_they_hold_in_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(build("1f1b", ranks=2, microbatches=4), tmp_path / "mine.csv")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dualpipe").touch()  # a name is a name even where a file is called so
+    config = load(None, [("schedule.name", "mine.csv"), ("data.kind", "text"), ("data.path", "t")])
+    saved = with_absolute_paths(config)
+    assert saved.schedule.name == str(tmp_path / "mine.csv")
+    assert saved.data.path == str(tmp_path / "t")
+    assert with_absolute_paths(saved) == saved
+    assert with_absolute_paths(Config()) == Config()

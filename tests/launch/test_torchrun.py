@@ -1,6 +1,8 @@
 """How the ranks of a run are started and ended: real processes, a stand-in for the training."""
 
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -12,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from counterflow.launch.config import Config, load
+from counterflow.launch.folder import claim
 from counterflow.launch.settings import ConfigError
-from counterflow.launch.torchrun import choose_device, free_port, set_threads
+from counterflow.launch.torchrun import choose_device, free_port, set_threads, verdict
 
 STUB = Path(__file__).with_name("stub")
 _SMALL = ["--run.device", "cpu", "--mesh.dp", "1", "--mesh.ep", "1"]  # two ranks
@@ -132,12 +135,133 @@ def test_a_rank_that_is_killed_is_named_and_takes_the_others_with_it(
     assert gone(pids)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the stand-in reads /proc")
+def test_a_rank_that_aborts_because_its_peer_was_killed_is_not_blamed(
+    tmp_path: Path, started: list[Run]
+) -> None:
+    started.append(run := Run(tmp_path, "abort"))
+    status, errors = run.end()
+    assert status == 1
+    assert errors.splitlines()[-1] == "counterflow: error: rank 1 was ended by SIGKILL"
+
+
+def test_a_rank_that_lost_a_peer_ends_with_its_line_and_no_abort_at_exit(
+    tmp_path: Path, started: list[Run]
+) -> None:
+    started.append(run := Run(tmp_path, "lose"))
+    status, errors = run.end()
+    assert status == 1
+    first, *_, last = errors.splitlines()
+    assert re.fullmatch("counterflow: error: rank [01], step 7: a peer is gone", first)
+    assert re.search("rank [01] ended with exit status 1; what it said is above$", last)
+
+
+@pytest.mark.parametrize(
+    ("failed", "message", "status"),
+    [
+        # Found in one look: killed, mistaken, lost its peer, aborted, ended by torchrun.
+        ({0: (1, 9), 1: (-9, 9)}, "rank 1 was ended by SIGKILL", 1),
+        ({0: (-6, 9), 1: (-11, 10)}, "rank 1 was ended by SIGSEGV", 1),
+        ({0: (1, 9), 1: (2, 9)}, "", 2),
+        ({0: (-6, 9), 1: (1, 9)}, "rank 1 ended with exit status 1; what it said is above", 1),
+        ({0: (143, 9), 1: (-15, 9), 2: (-6, 9)}, "rank 2 was ended by SIGABRT", 1),
+        ({1: (143, 9), 0: (143, 9)}, "rank 1 ended with exit status 143; what it", 143),
+        # Killed 30 s after all were told to end.
+        ({0: (1, 9), 1: (-9, 39)}, "above; rank 1 did not answer SIGTERM: stopped, or hung", 1),
+        ({0: (2, 9), 1: (-9, 39), 2: (-9, 39)}, "; ranks 1, 2 did not answer SIGTERM", 2),
+    ],
+)
+def test_the_rank_that_failed_by_itself_is_blamed(
+    failed: dict[int, tuple[int, float]], message: str, status: int
+) -> None:
+    said, code = verdict(failed)
+    assert message in said
+    assert bool(message) == bool(said)
+    assert code == status
+
+
 def test_a_bug_keeps_its_traceback(tmp_path: Path, started: list[Run]) -> None:
     started.append(run := Run(tmp_path, "break"))
     status, errors = run.end()
     assert status == 1
     assert "RuntimeError: a bug" in errors
     assert "ended with exit status 1; what it said is above" in errors.splitlines()[-1]
+
+
+def test_a_second_run_of_a_name_is_refused_until_the_first_has_ended(
+    tmp_path: Path, started: list[Run]
+) -> None:
+    started.append(first := Run(tmp_path, "wait"))
+    first.rank_pids()
+    config = (first.folder / "config.toml").read_text()
+    started.append(second := Run(tmp_path, "return", "--train.steps", "77"))
+    status, errors = second.end()
+    assert status == 2
+    assert errors == (
+        "counterflow: error: runs/small: another run is writing its results here (process "
+        f"{first.process.pid} on {socket.gethostname()}); wait until it has ended, or give this "
+        "run another run.name\n"
+    )
+    assert (first.folder / "config.toml").read_text() == config
+    first.process.kill()  # the kernel, not the process, gives the folder back
+    first.end()
+    started.append(third := Run(tmp_path, "return"))
+    assert third.end() == (0, "")
+
+
+def test_ranks_of_a_persons_own_torchrun_keep_the_folder_from_other_runs(
+    tmp_path: Path, started: list[Run]
+) -> None:
+    with claim(tmp_path / "runs" / "small"):
+        environ = os.environ | {"STUB": "return", "PYTHONPATH": str(STUB), "OMP_NUM_THREADS": "1"}
+        environ |= {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+        environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+        # This process, which has the folder, is not the parent: that is a shell.
+        command = shlex.join([sys.executable, "-m", "counterflow", "train", *_SMALL]) + "; exit $?"
+        run = subprocess.run(
+            ["sh", "-c", command], cwd=tmp_path, env=environ, capture_output=True, text=True
+        )
+    assert run.returncode == 2
+    assert run.stderr.startswith("counterflow: error: rank 0: runs/small: another run is writing")
+    assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "report.html", "loss.svg"])
+def test_a_result_that_cannot_be_written_is_found_before_any_rank_starts(
+    tmp_path: Path, started: list[Run], name: str
+) -> None:
+    blocked = tmp_path / "runs" / "small" / name
+    blocked.mkdir(parents=True)
+    started.append(run := Run(tmp_path, "return"))
+    status, errors = run.end()
+    assert status == 2
+    assert errors == (
+        f"counterflow: error: runs/small/{name}: cannot be written: it is a folder; choose "
+        "another run.name, or move it away\n"
+    )
+    assert not (run.folder / "rank0").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_found_before_any_rank_starts(
+    tmp_path: Path, started: list[Run]
+) -> None:
+    (tmp_path / "runs").write_text("a file")
+    started.append(run := Run(tmp_path, "return"))
+    status, errors = run.end()
+    assert status == 2
+    assert errors.startswith("counterflow: error: runs/small: cannot be written: ")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_found_before_any_rank_starts(
+    tmp_path: Path, started: list[Run]
+) -> None:
+    (tmp_path / "runs").mkdir(mode=0o555)
+    started.append(run := Run(tmp_path, "return"))
+    status, errors = run.end()
+    assert status == 2
+    assert "runs/small: cannot be written: Permission denied" in errors
 
 
 def test_a_port_in_use_is_told_in_one_line_before_any_rank_starts(
@@ -182,6 +306,7 @@ def test_ranks_started_by_a_persons_own_torchrun_refuse_a_world_that_does_not_fi
 ) -> None:
     environ = os.environ | {"STUB": "return", "PYTHONPATH": str(STUB)}
     environ |= {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}
+    environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     command = [sys.executable, "-m", "counterflow", "train"]
     run = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert run.returncode == 2

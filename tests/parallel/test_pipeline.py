@@ -10,15 +10,29 @@ import pytest
 import torch
 
 from counterflow.parallel import Mesh, MeshShape, Pipeline, PipelineError
-from counterflow.parallel.schedule import Action, Op, Placement, Schedule, build, forward_only
+from counterflow.parallel.schedule import (
+    Action,
+    Op,
+    Placement,
+    Schedule,
+    build,
+    forward_only,
+    names,
+)
+from counterflow.parallel.simulate import Costs, simulate
 from tests import cases_pipeline as cases
 from tests.ranks import RankError, RankPool
 
-SCHEDULES = ("1f1b", "dualpipe", "dualpipev")
+# All of them for what depends on the order of steps. The rest is held against these: whole
+# backwards, pairs, two stages a rank, two routes, and a V whose backwards are all split.
+SCHEDULES = names()
+KINDS = ("1f1b", "zbv", "dualpipe", "dualpipev")
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("schedule", "world"),
+    [*((s, w) for s in SCHEDULES for w in (2, 4)), *((s, 8) for s in KINDS)],
+)
 def test_gradients_and_loss_equal_those_of_one_process(
     ranks: RankPool, schedule: str, world: int
 ) -> None:
@@ -28,7 +42,7 @@ def test_gradients_and_loss_equal_those_of_one_process(
     assert max(r["loss"] for r in results) <= 1e-14
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", KINDS)
 def test_float32_gradients_equal_those_of_one_process(ranks: RankPool, schedule: str) -> None:
     results = ranks.run(
         cases.agrees, world=4, schedule=schedule, microbatches=8, dtype=torch.float32
@@ -57,7 +71,7 @@ def test_a_schedule_of_ones_own_runs(ranks: RankPool) -> None:
     assert [r["peaks"] for r in results] == [8, 4]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", KINDS)
 @pytest.mark.parametrize("world", [2, 4])
 def test_shapes_dtypes_and_none_gradients_may_differ_by_stage_and_step(
     ranks: RankPool, schedule: str, world: int
@@ -65,7 +79,7 @@ def test_shapes_dtypes_and_none_gradients_may_differ_by_stage_and_step(
     assert max(ranks.run(cases.mixed_payloads, world=world, schedule=schedule)) <= 1e-13
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", KINDS)
 @pytest.mark.parametrize("world", [2, 4])
 def test_tied_parameters_get_the_sum_of_their_gradients(
     ranks: RankPool, schedule: str, world: int
@@ -73,7 +87,7 @@ def test_tied_parameters_get_the_sum_of_their_gradients(
     assert max(ranks.run(cases.tied_parameters, world=world, schedule=schedule)) <= 1e-14
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", KINDS)
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_a_frozen_stage_gets_no_gradient_until_it_is_trained(
     ranks: RankPool, schedule: str, frozen: int
@@ -113,7 +127,7 @@ def test_gradients_add_up_over_steps_schedules_and_refused_batches(ranks: RankPo
         assert max(errors.values()) <= 1e-14
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", KINDS)
 @pytest.mark.parametrize("world", [3, 4])
 def test_channels_with_groups_of_their_own_run_the_same(
     ranks: RankPool, schedule: str, world: int
@@ -129,9 +143,24 @@ def test_channels_with_groups_of_their_own_run_the_same(
 
 def test_after_a_failed_step_a_pipeline_says_that_it_cannot_go_on() -> None:
     first, second = cases.steps_after_a_failure(0, 1)
-    assert first == "ArithmeticError: broken stage ['rank 0, step 0, action 0F0']"
+    assert first == "ArithmeticError: broken stage ['rank 0, step 1, action 0F0']"
     assert second.startswith("RuntimeError: this Pipeline cannot go on")
     assert "broken stage" in second
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("microbatches", [2, 10])
+def test_a_rank_holds_as_many_chunks_as_were_simulated(
+    ranks: RankPool, schedule: str, microbatches: int
+) -> None:
+    results = ranks.run(
+        cases.live_activations, world=4, schedule=schedule, microbatches=microbatches
+    )
+    expected = simulate(build(schedule, ranks=4, microbatches=microbatches), Costs())
+    # Chunks as the executor counts them, to the end of W; activations as the tensors themselves
+    # show, freed by I; and none left over.
+    peaks = zip(expected.peak_chunks, expected.peak_activations, strict=True)
+    assert results == [(chunks, activations, 0) for chunks, activations in peaks]
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
@@ -139,17 +168,11 @@ def test_dualpipe_holds_ranks_plus_one_chunks_on_every_rank(ranks: RankPool, wor
     results = ranks.run(
         cases.live_activations, world=world, schedule="dualpipe", microbatches=2 * world + 4
     )
-    # As the executor counts them, as the tensors themselves show, and none left over.
     assert results == [(world + 1, world + 1, 0)] * world
 
 
-def test_1f1b_holds_one_chunk_less_on_each_further_rank(ranks: RankPool) -> None:
-    results = ranks.run(cases.live_activations, world=4, schedule="1f1b", microbatches=8)
-    assert results == [(4 - r, 4 - r, 0) for r in range(4)]
-
-
 @pytest.mark.parametrize("block", ["Block", "Custom"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", KINDS)
 def test_a_split_backward_costs_the_flops_of_a_full_one(
     ranks: RankPool, schedule: str, block: str
 ) -> None:
@@ -188,7 +211,7 @@ def test_what_a_stage_may_not_return_is_refused_in_one_line(
     assert "\n" not in caught.value.errors[0]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["1f1b", "dualpipe", "dualpipev"])
 @pytest.mark.parametrize("victim", [0, 1, 3])
 def test_when_a_rank_dies_every_other_ends_with_an_error_that_names_where(
     schedule: str, victim: int
@@ -200,7 +223,7 @@ def test_when_a_rank_dies_every_other_ends_with_an_error_that_names_where(
     errors = caught.value.errors
     assert errors[victim] == "the process died"
     for rank in {0, 1, 2, 3} - {victim}:
-        assert errors[rank].startswith(f"PipelineError: rank {rank}, step 0, action ")
+        assert errors[rank].startswith(f"PipelineError: rank {rank}, step 1, action ")
         assert "(peer: rank " in errors[rank] or "(peers: rank" in errors[rank]
 
 
@@ -208,7 +231,7 @@ def test_a_peer_that_never_answers_ends_in_an_error_within_the_limit() -> None:
     with RankPool() as pool, pytest.raises(RankError) as caught:
         pool.run(cases.never_answers, world=2, limit_s=2.0)
     text = caught.value.errors[0]
-    assert "rank 0, step 0, action" in text
+    assert "rank 0, step 1, action" in text
     assert "peer: rank 1" in text
     assert "no answer within 2 s" in text
 
@@ -253,9 +276,9 @@ def test_what_does_not_fit_is_refused_when_the_pipeline_is_made() -> None:
 
 def test_loss_names_are_distinct_and_main_is_taken() -> None:
     layer = torch.nn.Linear(1, 1)
-    for names in (["a", "a"], ["main"]):
+    for given in (["a", "a"], ["main"]):
         with pytest.raises(ValueError, match="names must differ"):
-            one_rank([layer], loss_fn=lambda y, t: y, loss_names=names)
+            one_rank([layer], loss_fn=lambda y, t: y, loss_names=given)
 
 
 def test_a_schedule_without_backwards_does_not_train() -> None:

@@ -2,6 +2,7 @@
 started and ended need no training: it does what the environment's STUB says.
 """
 
+import atexit
 import os
 import sys
 import time
@@ -13,6 +14,8 @@ from typing import Any
 def _train(config: Any, folder: Path) -> None:
     rank = int(os.environ["RANK"])
     (folder / f"rank{rank}").write_text(f"{os.getpid()} {os.environ['OMP_NUM_THREADS']}")
+    from counterflow.comm import CommError
+
     match os.environ["STUB"]:
         case "wait":
             time.sleep(120)
@@ -22,8 +25,25 @@ def _train(config: Any, folder: Path) -> None:
             os.kill(os.getpid(), 9)
         case "die":
             time.sleep(120)
+        case "abort" if rank == 1:
+            os.kill(os.getpid(), 9)
+        case "abort":  # as a communication library may when its peer is gone
+            while not (folder / "rank1").exists() or _alive(int(_first(folder / "rank1"))):
+                time.sleep(0.001)
+            os.abort()
+        case "lose":
+            atexit.register(os.abort)
+            raise CommError(f"rank {rank}, step 7: a peer is gone")
         case "break":
             raise RuntimeError("a bug")
+
+
+def _first(file: Path) -> str:
+    return (file.read_text().split() or ["1"])[0]
+
+
+def _alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 if "STUB" in os.environ:

@@ -1,0 +1,84 @@
+"""The folder of a run: made, found writable, and kept from other runs of the same name."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from .settings import ConfigError
+
+_log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+# What an earlier run of a name leaves, not to be taken for the results of this one.
+RESULTS = ("result.json", "timeline.json", "load.json", "report.html")
+_PICTURES = [f"{name}.{form}" for name in ("loss", "timeline", "load") for form in ("svg", "png")]
+_FILES = ("config.toml", "metrics.jsonl", *RESULTS, *_PICTURES)
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Make the folder of a run and keep it for this process as long as the context lasts.
+
+    An advisory lock on FOLDER/.lock, which the kernel releases when the process is gone, however it
+    ended. A rank whose launcher has the folder shares it.
+
+    Raises:
+        ConfigError: another run has the folder, or results cannot be written to it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or folder}: cannot be written: {error.strerror}; choose another "
+            "run.folder or run.name, or make it writable"
+        ) from None
+    with file:
+        _lock(file, folder)
+        _require_writable(folder)
+        yield
+
+
+def _lock(file: TextIO, folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip()
+        if holder == _process(os.getppid()):
+            return
+        raise ConfigError(
+            f"{folder}: another run is writing its results here ({holder or 'still starting'}); "
+            "wait until it has ended, or give this run another run.name"
+        ) from None
+    except OSError as error:  # some network file systems have no locks
+        _log.warning("%s: runs of one name are not kept apart here: %s", folder, error.strerror)
+        return
+    file.truncate(0)
+    file.write(f"{_process(os.getpid())}\n")
+    file.flush()
+
+
+def _process(pid: int) -> str:
+    return f"process {pid} on {socket.gethostname()}"
+
+
+def _require_writable(folder: Path) -> None:
+    """The files that a run will open may be there already, and be something else."""
+    for path in (folder, *(folder / name for name in _FILES)):
+        if path != folder and path.is_dir():
+            reason = "it is a folder"
+        elif path.exists() and not os.access(path, os.W_OK):
+            reason = "permission denied"
+        else:
+            continue
+        raise ConfigError(
+            f"{path}: cannot be written: {reason}; choose another run.name, or move it away"
+        )
