@@ -16,19 +16,22 @@ from counterflow.parallel.schedule import (
     Step,
     actions,
     build,
+    names,
 )
 
 
 def built_schedules(max_ranks: int) -> Iterator[Schedule]:
-    """Every built schedule of up to `max_ranks` ranks, from the fewest micro-batches upwards."""
+    """Every named schedule of up to `max_ranks` ranks: one micro-batch (or two), few and many."""
     for ranks in range(1, max_ranks + 1):
-        for microbatches in range(1, 2 * ranks + 3):
-            yield build("1f1b", ranks=ranks, microbatches=microbatches)
-        for microbatches in range(2 * ranks, 2 * ranks + 4):
-            yield build("dualpipev", ranks=ranks, microbatches=microbatches)
-        if ranks % 2 == 0:
-            for microbatches in range(2 * ranks, 2 * ranks + 9, 2):
-                yield build("dualpipe", ranks=ranks, microbatches=microbatches)
+        for name in names():
+            bidirectional = name == "dualpipe"
+            if bidirectional and ranks % 2:
+                continue
+            for microbatches in sorted({1, ranks, ranks + 1, 2 * ranks + 1}):
+                even = microbatches + microbatches % 2
+                size = {"ranks": ranks, "microbatches": even if bidirectional else microbatches}
+                yield build(name, **size)
+        yield build("interleaved", ranks=ranks, microbatches=2 * ranks, stages_per_rank=3)
 
 
 def needed(held: set[Action]) -> dict[Action, set[Action]]:

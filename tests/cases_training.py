@@ -12,7 +12,7 @@ from counterflow.launch.engine import Engine
 from counterflow.model import DeepSeekV3, ModelConfig, hf_grads, hf_tensors, updated_bias
 from counterflow.model.router import Router
 from counterflow.parallel import Chunk, Mesh, MeshShape
-from counterflow.parallel.schedule import build
+from counterflow.parallel.schedule import Schedule, build
 
 SEQUENCE = 9
 STEP = {"lr": 1e-3, "max_norm": 0.5, "mtp_weight": 0.3, "bias_update_speed": 1e-2}
@@ -94,15 +94,17 @@ class OneProcess:
         return loss, float(norm)
 
 
+def plan_for(schedule: str, pp: int) -> Schedule:
+    return build(schedule, ranks=pp, microbatches=max(2 * pp, 4))
+
+
 def make_engine(rank_mesh: Mesh, config: ModelConfig, schedule: str, dtype: torch.dtype) -> Engine:
-    pp = rank_mesh.shape.pp
-    plan = build(schedule, ranks=pp, microbatches=max(2 * pp, 4))
+    plan = plan_for(schedule, rank_mesh.shape.pp)
     return Engine(config, rank_mesh, plan, dtype=dtype, weight_decay=0.1, timeout_s=100)
 
 
 def config_for(schedule: str, pp: int) -> ModelConfig:
-    stages = 2 * pp if schedule == "dualpipev" else pp
-    return replace(TINY, num_hidden_layers=max(stages, 4))
+    return replace(TINY, num_hidden_layers=max(plan_for(schedule, pp).num_stages, 4))
 
 
 def gradients(

@@ -17,7 +17,7 @@ from counterflow.parallel.schedule import (
     forward_only,
 )
 from counterflow.parallel.simulate import Costs, Result, simulate
-from tests.cases_schedules import all_actions, built_schedules, needed, random_schedules, with_rows
+from tests.cases_schedules import all_actions, needed, random_schedules, with_rows
 
 UNIT = Costs(F=1, I=1, W=1, pair=3)
 numbers = st.integers(0, 8).map(lambda n: n / 4)  # binary fractions: sums are exact
@@ -38,19 +38,6 @@ def test_dualpipe_takes_the_published_time_on_every_rank(
     assert result.makespan == makespan
     assert result.idle == (bubble,) * ranks
     assert result.bubble_rate == pytest.approx(bubble / makespan, rel=1e-15)
-
-
-def test_bubbles_and_activations_have_their_closed_forms_at_every_size() -> None:
-    """Unit times: F = I = W = 1, so B = 2 and F&B = 3."""
-    for schedule in built_schedules(max_ranks=8):
-        result = simulate(schedule, UNIT)
-        p, s, m = schedule.num_ranks, schedule.num_stages, schedule.num_microbatches
-        if schedule.name == "1f1b":
-            assert result.idle == ((p - 1) * (1 + 2),) * p
-            assert result.peak_activations == tuple(min(p - r, m) for r in range(p))
-        else:
-            assert result.idle == ((s // 2 - 1) * (3 + 2 - 3 * 1),) * p
-            assert result.peak_activations == (s + 1,) * p
 
 
 def test_dualpipe_uses_the_published_numbers_of_steps() -> None:

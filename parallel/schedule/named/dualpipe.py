@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 from itertools import count
 
-from ..actions import Action, Op, Pair, Step
+from ..actions import Action, Op, Pair, Step, actions
 from ..placement import Placement
 from ..schedule import Schedule
-from .sizes import require_count, require_filled
+from .sizes import require_count
 
 
 def dualpipe(ranks: int, microbatches: int) -> Schedule:
@@ -19,14 +19,21 @@ def dualpipe(ranks: int, microbatches: int) -> Schedule:
     rank and have stage s on rank P-1-s. So rank r holds stages r and P-1-r: two copies of the
     parameters.
 
-    With P ranks and F, B, W and F&B the times of a forward, a full backward, its weight half and a
-    pair, each rank idles for (P/2-1)(F&B + B - 3W), exactly so where F = I = W and F&B = F+B
-    (elsewhere `simulate` tells), and holds the activations of P+1 chunks at its peak, whatever the
-    number of micro-batches.
+    With P ranks, m >= 2P micro-batches and F, B, W and F&B the times of a forward, a full backward,
+    its weight half and a pair, each rank idles for (P/2-1)(F&B + B - 3W), exactly so where
+    F = I = W and F&B = F+B (elsewhere `simulate` tells), and holds the activations of P+1 chunks at
+    its peak, whatever m is.
+
+    The published code takes no fewer than 2P micro-batches. Here the steps for fewer are those for
+    2P without the last micro-batches of each direction; a pair that loses a member is the other one
+    alone. With F = I = W = 1 and F&B = 3 the makespan is 3m+P-2 for m >= 2P, 2m+3P-2 for
+    P < m <= 2P and 2m+5P/2-3 for m <= P, always less than 1F1B's 3m+3P-3. The peak of a rank that
+    is h ranks from the nearer end is min(P+1, m, m/2+1+h) chunks (`peak_chunks` too).
 
     Args:
         ranks: pipeline ranks, which are the stages too; even.
-        microbatches: micro-batches a step of both directions together; even, at least 2 * ranks.
+        microbatches: micro-batches a step of both directions together; even, better at least
+            2 * ranks.
 
     Raises:
         ValueError: a size is not possible; the message says what to use.
@@ -43,7 +50,6 @@ def dualpipe(ranks: int, microbatches: int) -> Schedule:
             f"dualpipe: microbatches={microbatches} is odd, but half of them enter at each end; "
             f"use {microbatches + 1}, or dualpipev or 1f1b, which take any number"
         )
-    require_filled("dualpipe", ranks, microbatches, even=True)
     entering = microbatches // 2
     rows: list[tuple[Step, ...]] = []
     for rank in range(ranks):
@@ -61,14 +67,25 @@ def eight_steps(
 ) -> tuple[Step, ...]:
     """One rank's row of DualPipe or DualPipeV, in the eight steps of the published code.
 
-    The rank holds stage `near` for phase 0 and stage 2 * half - 1 - near for phase 1.
+    The rank holds stage `near` for phase 0 and stage 2 * half - 1 - near for phase 1. The eight
+    steps need 2 * half micro-batches in each phase; of fewer, the row for so many is what is left
+    without the others.
 
     Args:
         near: distance to the nearer end of the pipeline, 0 to half - 1.
         half: half the number of stages.
-        microbatches: micro-batches in each phase, at least 2 * half.
+        microbatches: micro-batches in each phase.
         first: the first micro-batch of phase 0 and of phase 1.
     """
+    row = _full_row(near, half, max(microbatches, 2 * half), first)
+    if microbatches >= 2 * half:
+        return row
+    end = {near: first[0] + microbatches, 2 * half - 1 - near: first[1] + microbatches}
+    kept = [[a for a in actions(step) if a.microbatch < end[a.stage]] for step in row]
+    return tuple(Pair(*left) if len(left) == 2 else left[0] for left in kept if left)
+
+
+def _full_row(near: int, half: int, microbatches: int, first: tuple[int, int]) -> tuple[Step, ...]:
     stages = (near, 2 * half - 1 - near)
     next_forward = (count(first[0]), count(first[1]))
     next_backward = (count(first[0]), count(first[1]))

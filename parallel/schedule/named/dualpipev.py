@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .dualpipe import eight_steps
 from ..placement import Placement
 from ..schedule import Schedule
-from .sizes import require_count, require_filled
+from .dualpipe import eight_steps
+from .sizes import require_count
 
 
 def dualpipev(ranks: int, microbatches: int) -> Schedule:
@@ -16,21 +16,22 @@ def dualpipev(ranks: int, microbatches: int) -> Schedule:
     rank r of DualPipe on 2 * ranks ranks does, with the second leg in the place of the other
     direction.
 
-    With P = 2 * ranks stages and F, B, W and F&B the times of one stage's forward, full backward,
-    its weight half and a pair, each rank idles for (P/2-1)(F&B + B - 3W), exactly so where
-    F = I = W and F&B = F+B (elsewhere `simulate` tells), and holds the activations of P+1 chunks
-    of one stage at its peak, whatever m is.
+    With P = 2 * ranks stages, m >= P micro-batches and F, B, W and F&B the times of one stage's
+    forward, full backward, its weight half and a pair, each rank idles for (P/2-1)(F&B + B - 3W),
+    exactly so where F = I = W and F&B = F+B (elsewhere `simulate` tells), and holds the activations
+    of P+1 chunks of one stage at its peak, whatever m is. Fewer micro-batches than the published
+    code takes are done as in DualPipe: makespan and peak are DualPipe's for P ranks and 2m
+    micro-batches, rank r being r ranks from the nearer end.
 
     Args:
         ranks: pipeline ranks, half the number of stages; from 1 up.
-        microbatches: micro-batches a step; at least 2 * ranks.
+        microbatches: micro-batches a step; from 1 up, better at least 2 * ranks.
 
     Raises:
-        ValueError: a size is not possible; the message says what to use.
+        ValueError: a size is not a whole number from 1 up.
     """
     require_count("dualpipev", "ranks", ranks)
     require_count("dualpipev", "microbatches", microbatches)
-    require_filled("dualpipev", ranks, microbatches, even=False)
     rows = tuple(eight_steps(rank, ranks, microbatches, (0, 0)) for rank in range(ranks))
     down = tuple(range(ranks))
     return Schedule("dualpipev", Placement((down + down[::-1],), (0,) * microbatches), rows)

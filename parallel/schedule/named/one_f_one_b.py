@@ -13,8 +13,9 @@ def one_f_one_b(ranks: int, microbatches: int) -> Schedule:
 
     From PipeDream-Flush (Narayanan et al., arXiv 2006.09503) as Megatron-LM runs it. With P ranks,
     m micro-batches and F and B the times of a forward and a full backward, rank r warms up with
-    min(P-1-r, m) forwards, each rank idles for (P-1)(F+B), and rank r holds the activations of
-    min(P-r, m) chunks at its peak.
+    min(P-1-r, m) forwards, the makespan is (m+P-1)(F+B), each rank idles for (P-1)(F+B), 3(P-1)
+    where F = I = W = 1, and rank r holds the activations of min(P-r, m) chunks at its peak
+    (`peak_chunks` too).
 
     Args:
         ranks: pipeline ranks, which are the stages too; from 1 up.
