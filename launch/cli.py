@@ -6,20 +6,20 @@ A user's mistake is one line on stderr, `counterflow: error: ...`, and exit stat
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from counterflow import __version__  # the root package is no room, so no relative import finds it
 
+from .simulate_command import add_arguments as add_simulate_arguments
+
 if TYPE_CHECKING:
-    from ..parallel.schedule import Schedule
-    from ..parallel.simulate import Result
     from .config import Config
+    from .world import Place
 
 _TRAIN_USAGE = "counterflow train [CONFIG.toml] [--dotted.key VALUE ...]"
 
@@ -70,15 +70,7 @@ def _parser() -> _Parser:
     simulate = commands.add_parser(
         "simulate", help="what a pipeline schedule costs, on any machine", allow_abbrev=False
     )
-    simulate.add_argument("--schedule", default="dualpipe", help="a name or a file (%(default)s)")
-    simulate.add_argument("--ranks", type=int, help="pipeline ranks; of a file, its own")
-    simulate.add_argument("--microbatches", type=int, help="micro-batches; of a file, its own")
-    simulate.add_argument(
-        "--costs", help="such as F=1,I=1,W=1,pair=3,send=0; B is I+W and pair is F+B if left out"
-    )
-    simulate.add_argument("--json", action="store_true", help="print one JSON object")
-    simulate.add_argument("--csv", metavar="FILE", help="write the schedule as CSV, a row a rank")
-    simulate.set_defaults(run=_simulate)
+    add_simulate_arguments(simulate)
 
     report = commands.add_parser("report", help="write the report of a run again")
     report.add_argument("folder", metavar="runs/NAME")
@@ -96,14 +88,21 @@ def _train(arguments: list[str]) -> int:
     if "RANK" not in os.environ:
         return _launch(load(path, overrides))
     from ..comm.errors import CommError
+    from .world import Place
 
+    place = Place.of(os.environ)
     try:
-        return _rank(load(path, overrides))
+        return _rank(load(path, overrides), place)
     except ValueError as error:
-        return _fail(f"rank {os.environ['RANK']}: {error}")
+        status = _fail(f"rank {place.rank}: {error}")
     except CommError as error:  # names the rank itself
         _fail(str(error))
-        return 1
+        status = 1
+    # At once: threads of the communication library may still be in a wait, and the interpreter's
+    # own exit then ends in SIGABRT.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[str, str]]]:
@@ -136,6 +135,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[st
 def _launch(config: Config) -> int:
     """Check everything, then start the ranks with torchrun."""
     from .check import check
+    from .config import with_absolute_paths
+    from .folder import claim
     from .torchrun import choose_device, free_port, num_gpus, set_threads, start
 
     check(config)
@@ -148,22 +149,28 @@ def _launch(config: Config) -> int:
             "on the CPU; a mesh of as many processes as GPUs trains on them"
         )
     set_threads(device, nproc)
-    return start(["train", str(_write_config(config))], nproc=nproc, port=port)
+    with claim(config.run.path):
+        path = _write_config(with_absolute_paths(config))
+        return start(["train", str(path)], nproc=nproc, port=port)
 
 
-def _rank(config: Config) -> int:
+def _rank(config: Config, place: Place) -> int:
     """One rank of a run, started by torchrun: by `_launch` or by a person."""
     from .check import check_sizes
+    from .config import with_absolute_paths
+    from .folder import claim
     from .torchrun import die_with_launcher
 
     die_with_launcher()
-    config.mesh.require_world_size(int(os.environ["WORLD_SIZE"]))
+    config.mesh.require_world_size(place.world_size)
     check_sizes(config)
-    if os.environ["RANK"] == "0":
-        _write_config(config)
-    from .trainer import train
+    with ExitStack() as held:
+        if place.rank == 0:
+            held.enter_context(claim(config.run.path))
+            _write_config(with_absolute_paths(config))
+        from .trainer import train
 
-    train(config, config.run.path)
+        train(config, config.run.path)
     return 0
 
 
@@ -198,69 +205,6 @@ def _train_help() -> str:
         lines.append(f"  --{row.key} = {row.default}" if row.default else f"  --{row.key}")
         lines.append(f"      {row.type}: {row.doc}")
     return "\n".join(lines)
-
-
-def _simulate(parsed: argparse.Namespace) -> int:
-    from ..parallel.simulate import Costs, simulate
-    from .schedules import find_schedule
-
-    schedule = find_schedule(parsed.schedule, ranks=parsed.ranks, microbatches=parsed.microbatches)
-    result = simulate(schedule, Costs.parse(parsed.costs) if parsed.costs is not None else Costs())
-    if parsed.csv is not None:
-        from ..parallel.schedule.csv_form import to_csv
-
-        Path(parsed.csv).write_text(to_csv(schedule), encoding="utf-8", newline="\n")
-    if parsed.json:
-        print(json.dumps(result.to_json()))
-    else:
-        _print_simulation(schedule, result)
-    return 0
-
-
-def _print_simulation(schedule: Schedule, result: Result) -> None:
-    from ..parallel.schedule import grid
-
-    drawn = grid(schedule)
-    columns = shutil.get_terminal_size().columns
-    if all(len(line) <= columns for line in drawn.splitlines()):
-        print(f"{drawn}\n")
-    kinds = [kind for kind in result.op_counts[0] if any(c[kind] for c in result.op_counts)]
-    head = ["rank", "busy", "idle", "peak activations", *kinds]
-    body = [
-        [
-            str(rank),
-            f"{result.busy[rank]:g}",
-            f"{result.idle[rank]:g}",
-            str(result.peak_activations[rank]),
-            *(str(result.op_counts[rank][kind]) for kind in kinds),
-        ]
-        for rank in range(result.ranks)
-    ]
-    title = f"{result.schedule}: {result.ranks} ranks, {result.microbatches} micro-batches"
-    print_table(title, head, body)
-    print(
-        f"makespan {result.makespan:g}   bubble rate {result.bubble_rate:.4f}   stages "
-        f"{result.stages}   copies of a stage's parameters {result.parameter_copies}"
-    )
-
-
-def print_table(title: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> None:
-    """Print a table of texts, numbers to the right: by rich, or plainly where it is missing."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-        print(title)
-        for row in [head, *body]:
-            print("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)))
-        return
-    table = Table(title=title)
-    for name in head:
-        table.add_column(name, justify="right")
-    for row in body:
-        table.add_row(*row)
-    Console().print(table)
 
 
 def _report(parsed: argparse.Namespace) -> int:

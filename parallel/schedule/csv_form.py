@@ -53,26 +53,31 @@ def _cell(step: Step) -> str:
 
 
 def _placement(rows: list[tuple[Step, ...]]) -> Placement:
-    """Where the forwards stand."""
+    """Where the forwards stand; of a forward that is missing, where the rest of its chunk does.
+
+    So `verify` can say what is missing, and in which row.
+    """
     everything = [action for row in rows for step in row for action in actions(step)]
     if not everything:
         raise ValueError("there is no step in it")
-    rank_of: dict[Action, int] = {}
-    for rank, row in enumerate(rows):
-        for step in row:
-            for action in actions(step):
-                rank_of.setdefault(action, rank)
+    rank_of: dict[tuple[int, int], int] = {}
+    for backwards in (False, True):
+        for rank, row in enumerate(rows):
+            for step in row:
+                for stage, op, microbatch in actions(step):
+                    if backwards == (op != Op.F):
+                        rank_of.setdefault((stage, microbatch), rank)
     num_stages = 1 + max(action.stage for action in everything)
     paths: list[tuple[int, ...]] = []
     for microbatch in range(1 + max(action.microbatch for action in everything)):
         path: list[int] = []
         for stage in range(num_stages):
-            forward = Action(stage, Op.F, microbatch)
-            if forward not in rank_of:
+            if (stage, microbatch) not in rank_of:
                 raise ValueError(
-                    f"{forward} is on no rank; every stage (0 to {num_stages - 1}) needs a forward "
-                    "of every micro-batch"
+                    f"{Action(stage, Op.F, microbatch)} is on no rank, nor anything else of stage "
+                    f"{stage} on micro-batch {microbatch}; every stage (0 to {num_stages - 1}) "
+                    "needs a forward of every micro-batch"
                 )
-            path.append(rank_of[forward])
+            path.append(rank_of[stage, microbatch])
         paths.append(tuple(path))
     return Placement.of(paths)

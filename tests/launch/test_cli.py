@@ -1,14 +1,12 @@
 """The command line: help at once, errors in one line, exit statuses."""
 
-import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from counterflow.launch.cli import UsageError, main, print_table, split_arguments
+from counterflow.launch.cli import UsageError, main, split_arguments
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -92,38 +90,6 @@ def test_a_mistake_is_one_line_and_exit_status_2(
     assert words in error_of(capsys, *arguments)
 
 
-def test_a_file_that_cannot_be_written_is_named(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    target = tmp_path / "no" / "out.csv"
-    message = error_of(
-        capsys, "simulate", "--ranks", "2", "--microbatches", "4", "--csv", str(target)
-    )
-    assert message == f"{target}: No such file or directory"
-
-
-def test_simulation_prints_one_json_object_and_nothing_else(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    costs = "F=1,I=1,W=1,pair=3,send=0"
-    sizes = ["--ranks", "8", "--microbatches", "20"]
-    assert main(["simulate", "--schedule", "dualpipe", *sizes, "--costs", costs, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert (result["makespan"], result["idle"]) == (66, [6] * 8)
-
-
-def test_simulation_shows_grid_and_table_and_reads_back_its_own_csv(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    file = tmp_path / "mine.csv"
-    assert main(["simulate", "--ranks", "4", "--microbatches", "8", "--csv", str(file)]) == 0
-    shown = capsys.readouterr().out
-    assert "(2F6;1B0)" in shown
-    assert "makespan 26   bubble rate 0.0769" in shown
-    assert main(["simulate", "--schedule", str(file), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["makespan"] == 26
-
-
 def test_a_reader_that_goes_away_is_no_error_message() -> None:
     command = [sys.executable, "-m", "counterflow", "train", "--help"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -131,11 +97,3 @@ def test_a_reader_that_goes_away_is_no_error_message() -> None:
         assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == b""
-
-
-def test_tables_are_plain_text_without_rich(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    print_table("title", ["rank", "busy"], [["0", "12.5"], ["10", "3"]])
-    assert capsys.readouterr().out == "title\nrank  busy\n   0  12.5\n  10     3\n"

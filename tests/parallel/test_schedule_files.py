@@ -143,7 +143,7 @@ def test_csv_from_a_spreadsheet_is_read(tmp_path: Path) -> None:
         ("0F0,0SEND_F0\n", "line 1, column 2: '0SEND_F0' is one of torch's communication"),
         ("", "there is no step in it"),
         (" \n,,\n", "there is no step in it"),
-        ("0F0\n1B0\n", "1F0 is on no rank"),
+        ("0F0\n1F1\n", "1F0 is on no rank"),
         ("0F0\n99999999999F0\n", "1F0 is on no rank"),
         ("0F0\n\n1F0\n", "rank 1 holds no stage"),
         ("name: x\nroute: ranks 0, micro-batches 0\nrank 0: 0F0 yy\n", "line 3, column 2: 'yy'"),
