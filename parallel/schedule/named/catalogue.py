@@ -9,11 +9,28 @@ from difflib import get_close_matches
 from ..schedule import Schedule
 from .dualpipe import dualpipe
 from .dualpipev import dualpipev
+from .gpipe import gpipe
+from .interleaved import interleaved
 from .one_f_one_b import one_f_one_b
+from .v_half import v_half
+from .v_min import v_min
+from .zb_h1 import zb_h1
+from .zb_h2 import zb_h2
+from .zb_p import zb_1p, zb_2p
+from .zbv import zbv
 
 # A builder's keyword-only parameters are the options that `build` hands on to it.
 _BUILDERS: dict[str, Callable[..., Schedule]] = {
+    "gpipe": gpipe,
     "1f1b": one_f_one_b,
+    "interleaved": interleaved,
+    "zb-h1": zb_h1,
+    "zb-h2": zb_h2,
+    "zb-1p": zb_1p,
+    "zb-2p": zb_2p,
+    "zbv": zbv,
+    "v-half": v_half,
+    "v-min": v_min,
     "dualpipe": dualpipe,
     "dualpipev": dualpipev,
 }
