@@ -1,40 +1,43 @@
 """The report's pictures, as matplotlib figures. Importing this needs matplotlib (extra "plots").
 
 Figures are made through matplotlib's objects, not pyplot, so nothing global is touched. They are
-drawn in the colours of the light page, which `to_inline_svg` replaces by CSS variables, so that the
+drawn in the colours of the light page, which `inline` replaces by CSS variables, so that the
 page can be dark; what must not change with it (cells of a heat map) uses other colours.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from ..parallel.schedule import Action, Op, Pair
+from ..parallel.schedule import Action, Op, actions
+from ..parallel.simulate.draw import figures
+from ..parallel.simulate.draw.figures import on_white, save_png, style_axes, to_svg
+from ..parallel.simulate.draw.look import HATCHES, MEANINGS, ON_BAR, bar_style, boxes
 from .palette import LIGHT as INK
 from .run_data import Bar, Bars, Load, RunData, Timeline, makespan_ms, series
 
-HATCHES = {"F": "", "B": "////", "I": r"\\\\", "W": "----"}
-MEANINGS = {
-    "F": "F  forward",
-    "B": "B  full backward",
-    "I": "I  input-gradient half",
-    "W": "W  weight-gradient half",
-}
+__all__ = [
+    "HATCHES",
+    "inline",
+    "load_figure",
+    "loss_figure",
+    "on_white",
+    "save_png",
+    "timeline_figure",
+    "to_svg",
+]
+
 WIDTH_IN = 10.0
-_ON_BAR = "#101216"
-_HATCH = "#ffffff66"
+_DPI = 120  # of bitmaps
+_LABEL_POINTS = 6.5
 
 
 def loss_figure(run: RunData) -> Figure:
@@ -45,7 +48,7 @@ def loss_figure(run: RunData) -> Figure:
         if series(run.train, key)[0]
     ]
     height = 4.2 + 1.5 * len(below)
-    figure = Figure(figsize=(WIDTH_IN, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH_IN, height), dpi=_DPI, layout="constrained")
     panels = figure.subplots(
         1 + len(below), 1, sharex=True, squeeze=False, height_ratios=[4.2] + [1.3] * len(below)
     )[:, 0]
@@ -56,7 +59,7 @@ def loss_figure(run: RunData) -> Figure:
         axes.set_ylabel(label)
         finite = [value for value in values if math.isfinite(value)]
         axes.set_ylim(0, 1.1 * max(finite, default=0) or 1)
-        _style(axes)
+        style_axes(axes)
     figure.align_ylabels()
     panels[-1].set_xlabel("step")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -104,7 +107,7 @@ def _draw_loss(axes: Axes, run: RunData) -> None:
         )
     axes.set_ylabel("loss (nats per token)")
     axes.legend(frameon=False, labelcolor=INK["ink"], loc="upper right")
-    _style(axes)
+    style_axes(axes)
 
 
 def timeline_figure(timeline: Timeline) -> Figure:
@@ -116,7 +119,9 @@ def timeline_figure(timeline: Timeline) -> Figure:
     # Wide enough for labels; the page scrolls it.
     width = min(40.0, max(WIDTH_IN, 0.3 * max(len(row) for row in timeline.measured)))
     figure = Figure(
-        figsize=(width, 1.3 + len(panels) * (0.45 + 0.42 * num_ranks)), layout="constrained"
+        figsize=(width, 1.3 + len(panels) * (0.45 + 0.42 * num_ranks)),
+        dpi=_DPI,
+        layout="constrained",
     )
     column = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     limit = max(makespan_ms(bars) for _, bars in panels)
@@ -131,7 +136,7 @@ def timeline_figure(timeline: Timeline) -> Figure:
         axes.set_xlim(0, limit * 1.005)
         axes.set_ylim(num_ranks - 0.5, -0.5)
         axes.set_yticks(range(num_ranks), [f"rank {r}" for r in range(num_ranks)])
-        _style(axes, grid="x")
+        style_axes(axes, grid="x")
     column[-1].set_xlabel("ms")
     figure.legend(
         handles=_timeline_keys([bar for _, bars in panels for row in bars for bar in row]),
@@ -153,53 +158,29 @@ def _draw_bar(axes: Axes, bar: Bar, rank: int, origin: float, points_per_ms: flo
             )
         )
         start += bar.waited_ms
-    step = bar.step
-    lanes = (
-        [(step.forward, -0.4, 0.4), (step.backward, 0.0, 0.4)]
-        if isinstance(step, Pair)
-        else [(step, -0.4, 0.8)]
-    )
-    for action, top, height in lanes:
-        box = ((start, rank + top), bar.busy_ms, height)
-        axes.add_patch(Rectangle(*box, **_look(action.op)))
-        label = _label(action, bar.busy_ms * points_per_ms)
-        if label:
+    for action, top, height in boxes(bar.step):
+        corner = (start, rank + top)
+        axes.add_patch(Rectangle(corner, bar.busy_ms, height, **bar_style(action.op)))
+        text = _label(action, bar.busy_ms * points_per_ms)
+        if text:
             axes.text(
                 start + bar.busy_ms / 2,
                 rank + top + height / 2,
-                label,
+                text,
                 ha="center",
                 va="center",
-                fontsize=6.5,
-                color=_ON_BAR,
+                fontsize=_LABEL_POINTS,
+                color=ON_BAR,
             )
 
 
-def _look(op: Op) -> dict[str, Any]:
-    return {
-        "facecolor": INK[op],
-        "hatch": HATCHES[op],
-        "hatchcolor": _HATCH,
-        "edgecolor": _ON_BAR,
-        "linewidth": 0.5,
-    }
-
-
 def _label(action: Action, width_points: float) -> str:
-    """The most telling text that fits in the bar: "0F3", or its micro-batch, or none."""
-    for text in (str(action), str(action.microbatch)):
-        if width_points > 4.3 * len(text) + 2:
-            return text
-    return ""
+    return figures.label(action, width_points, _LABEL_POINTS)
 
 
 def _timeline_keys(bars: Sequence[Bar]) -> list[Patch]:
-    ops = {
-        action.op
-        for bar in bars
-        for action in (bar.step if isinstance(bar.step, Pair) else (bar.step,))
-    }
-    keys = [Patch(**_look(op), label=MEANINGS[op]) for op in Op if op in ops]
+    ops = {action.op for bar in bars for action in actions(bar.step)}
+    keys = [Patch(**bar_style(op), label=MEANINGS[op]) for op in Op if op in ops]
     if any(bar.waited_ms > 0 for bar in bars):
         keys.append(Patch(fill=False, edgecolor=INK["faint"], label="waiting for a message"))
     return keys
@@ -210,7 +191,7 @@ def load_figure(loads: Sequence[Load]) -> Figure:
     columns = max(len(load.tokens) for load in loads)
     cells = [[*load.relative, *[math.nan] * (columns - len(load.tokens))] for load in loads]
     highest = max((c for row in cells for c in row if not math.isnan(c)), default=1.0)
-    figure = Figure(figsize=(WIDTH_IN, 1.4 + 0.42 * len(loads)), layout="constrained")
+    figure = Figure(figsize=(WIDTH_IN, 1.4 + 0.42 * len(loads)), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(
         cells, aspect="auto", cmap="PuOr_r", norm=TwoSlopeNorm(1.0, 0.0, max(2.0, highest))
@@ -237,28 +218,12 @@ def load_figure(loads: Sequence[Load]) -> Figure:
     axes.set_yticks(range(len(loads)), [f"layer {load.layer}" for load in loads], parse_math=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=min(columns, 16)))
     axes.set_xlabel("expert")
-    _style(axes, grid="")
+    style_axes(axes, grid="")
     bar = figure.colorbar(image, ax=axes, pad=0.09, fraction=0.04, aspect=12)
     bar.set_label("load / mean", color=INK["ink"])
     bar.ax.tick_params(colors=INK["ink"])
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     return figure
-
-
-def to_svg(figure: Figure) -> str:
-    """The figure as an SVG document, transparent, in the colours of the light page."""
-    out = io.StringIO()
-    # Text stays text: small, searchable, and readable to a screen reader. The salt fixes the ids.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "counterflow"}):
-        figure.savefig(out, format="svg", facecolor="none", metadata={"Date": None})
-    return out.getvalue()
-
-
-def on_white(svg: str) -> str:
-    """A document of `to_svg` that can be looked at alone: on white paper."""
-    before, root = svg.split("<svg", 1)
-    opening, body = root.split(">", 1)
-    return f'{before}<svg{opening}><rect width="100%" height="100%" fill="#ffffff"/>{body}'
 
 
 def inline(svg: str, name: str) -> str:
@@ -281,24 +246,6 @@ def inline(svg: str, name: str) -> str:
     for variable, colour in INK.items():
         body = body.replace(colour, f"var(--{variable})")
     return f"{opening}>{body}"
-
-
-def save_png(figure: Figure, path: Path) -> None:
-    """Write a bitmap, on white."""
-    figure.savefig(path, facecolor="#ffffff", dpi=120)
-
-
-def _style(axes: Axes, grid: str = "y") -> None:
-    axes.set_facecolor("none")
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom") and bool(grid))
-        spine.set_color(INK["faint"])
-    axes.tick_params(colors=INK["ink"], length=3)
-    axes.xaxis.label.set_color(INK["ink"])
-    axes.yaxis.label.set_color(INK["ink"])
-    if grid in ("x", "y"):
-        axes.grid(axis=grid, color=INK["grid"], linewidth=0.7)
-        axes.set_axisbelow(True)
 
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:

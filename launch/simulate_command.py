@@ -153,11 +153,11 @@ def _is_file(text: str) -> bool:
 def _writer(output: Output, answer: Answer) -> Callable[[Path], object]:
     unit = answer.memory_unit
     if output.flag == "--plot":
-        from ..parallel.simulate.pictures import save_picture
+        from ..parallel.simulate.draw.pictures import save_picture
 
         return lambda path: save_picture(answer.result, answer.memories, path, memory_unit=unit)
     if output.flag == "--trace":
-        from ..parallel.simulate.trace import save_trace
+        from ..parallel.simulate.draw.trace import save_trace
 
         return lambda path: save_trace(answer.result, answer.memories, path, memory_unit=unit)
     from ..parallel.schedule.csv_form import to_csv

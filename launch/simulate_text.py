@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..parallel.simulate import Idle, Result, idle_by_cause
 from ..parallel.simulate.compare import REFERENCE, Comparison, Entry
-from ..parallel.simulate.text import Timeline, timeline
+from ..parallel.simulate.draw.text import Timeline, timeline
 from .tables import Table, print_table, widest_that_fits
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from counterflow.parallel.simulate import (
     waits,
 )
 from counterflow.parallel.simulate.analysis import FinishLink, StepLink, TransferLink
-from counterflow.parallel.simulate.lanes import FINISH, SENDING, STEPS, bars
+from counterflow.parallel.simulate.draw.bars import FINISH, SENDING, STEPS, bars
 from tests.cases_schedules import needed, random_schedules
 
 UNIT = Costs(F=1, I=1, W=1, pair=3)

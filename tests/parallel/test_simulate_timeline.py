@@ -4,7 +4,7 @@ import pytest
 
 from counterflow.parallel.schedule import build
 from counterflow.parallel.simulate import Costs, Result, simulate
-from counterflow.parallel.simulate.text import timeline
+from counterflow.parallel.simulate.draw.text import timeline
 
 
 def result(name: str, ranks: int, microbatches: int, costs: Costs | None = None) -> Result:

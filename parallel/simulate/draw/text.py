@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple, TypeAlias
 
-from ..schedule import Action, Pair, Placement
-from .events import Result
+from ...schedule import Action, Pair, Placement
+from ..events import Result
 
 IDLE = "idle"
 PLAIN = "plain"

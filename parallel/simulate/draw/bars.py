@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..schedule import Op, Pair, Step
-from .events import Result
-from .phases import COMMUNICATION, COMPUTE, Phases, PhaseSpan
+from ...schedule import Op, Pair, Step
+from ..events import Result
+from ..phases import COMMUNICATION, COMPUTE, Phases, PhaseSpan
 
 STEPS = "steps"
 SENDING = "sending"
