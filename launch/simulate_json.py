@@ -41,7 +41,15 @@ def to_json(answer: Answer) -> dict[str, object]:
         ],
         "finish": [[part._asdict() for part in row] for row in result.finish],
         "memory": [
-            {"peak": held.peak, "static": held.static, "curve": held.curve}
+            {
+                "peak": held.peak,
+                "static": held.static,
+                "weights": held.weights,
+                "gradients": held.gradients,
+                "optimizer": held.optimizer,
+                "curve": held.curve,
+                "chunks": [part._asdict() for part in held.holdings],
+            }
             for held in answer.memories
         ],
         "memory_unit": answer.memory_unit,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
-from ..schedule import Action, Op, actions
+from ..schedule import Op, actions
 from .costs import ByStage, by_stage, checked, cut_by_stage
 from .events import Result
 
@@ -84,12 +85,15 @@ class RankMemory:
     Attributes:
         weights, gradients, optimizer: of all its stages, throughout.
         holdings: its activations, by their start.
+        changes: (time, size) of what is taken, or given back (below 0), as the steps of the rank
+            follow each other, be it at one time.
     """
 
     weights: float
     gradients: float
     optimizer: float
     holdings: tuple[Holding, ...]
+    changes: tuple[tuple[float, float], ...]
 
     @property
     def static(self) -> float:
@@ -98,27 +102,18 @@ class RankMemory:
 
     @cached_property
     def curve(self) -> tuple[tuple[float, float], ...]:
-        """(time, activations held from then on), at each change, from time 0."""
-        # What ends at a moment is freed before what begins then: steps follow one another.
-        changes = sorted(
-            change
-            for held in self.holdings
-            for change in ((held.start, 1, held.size), (held.end, 0, -held.size))
-        )
+        """(time, activations held from then on), at each time of a change, from time 0."""
+        points = {0.0: 0.0}
         level = 0.0
-        points = [(0.0, 0.0)]
-        for time, begins, size in changes:
+        for time, size in self.changes:
             level += size
-            if points[-1][0] == time and not (begins and points[-1][1] > level):
-                points[-1] = (time, level)
-            else:
-                points.append((time, level))
-        return tuple(points)
+            points[time] = level
+        return tuple(points.items())
 
     @property
     def peak(self) -> float:
         """The most that is held at once, static parts included."""
-        return self.static + max(level for _, level in self.curve)
+        return self.static + max(accumulate((size for _, size in self.changes), initial=0.0))
 
 
 def memory_of(result: Result, memory: Memory) -> tuple[RankMemory, ...]:
@@ -142,36 +137,41 @@ def memory_of(result: Result, memory: Memory) -> tuple[RankMemory, ...]:
     found: list[RankMemory] = []
     for rank in range(result.ranks):
         held = placement.stages(rank)
+        holdings, changes = _activations(result, rank, activations, kept)
         found.append(
             RankMemory(
                 weights=sum(weights[stage] for stage in held),
                 gradients=sum(gradients[stage] for stage in held),
                 optimizer=sum(optimizer[stage] for stage in held),
-                holdings=_holdings(result, rank, activations, kept),
+                holdings=holdings,
+                changes=changes,
             )
         )
     return tuple(found)
 
 
-def _holdings(
+def _activations(
     result: Result, rank: int, activations: Sequence[float], kept: Sequence[float]
-) -> tuple[Holding, ...]:
-    begun: dict[Action, float] = {}
-    found: list[Holding] = []
+) -> tuple[tuple[Holding, ...], tuple[tuple[float, float], ...]]:
+    """A rank's holdings by their start, and their changes in the order of its row."""
+    begun: dict[tuple[int, int], float] = {}
+    holdings: list[Holding] = []
+    changes: list[tuple[float, float]] = []
     for step, start, end in result.spans[rank]:
-        for action in actions(step):
-            stage, op, microbatch = action
-            forward = Action(stage, Op.F, microbatch)
+        for stage, op, microbatch in actions(step):
             if op is Op.F:
-                begun[action] = start
-                if not result.plan.has_backward:
-                    found.append(Holding(stage, microbatch, start, end, activations[stage]))
+                begun[stage, microbatch] = start
+                changes.append((start, activations[stage]))
+        for stage, op, microbatch in actions(step):
+            if op is Op.F and result.plan.has_backward:
                 continue
-            size = {
-                Op.B: activations[stage],
-                Op.I: activations[stage] - kept[stage],
-                Op.W: kept[stage],
-            }[op]
+            size = activations[stage]
+            if op is Op.I:
+                size -= kept[stage]
+            elif op is Op.W:
+                size = kept[stage]
             if size:
-                found.append(Holding(stage, microbatch, begun[forward], end, size))
-    return tuple(sorted(found, key=lambda held: (held.start, held.end)))
+                holdings.append(Holding(stage, microbatch, begun[stage, microbatch], end, size))
+                changes.append((end, -size))
+    holdings.sort(key=lambda held: (held.start, held.end))
+    return tuple(holdings), tuple(changes)

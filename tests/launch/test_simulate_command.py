@@ -81,6 +81,12 @@ def test_json_tells_all_that_the_simulation_found(capsys: pytest.CaptureFixture[
         parts = [*causes["on_rank"].values(), causes["travelling"], causes["finish"], causes["end"]]
         assert sum(parts) == pytest.approx(idle)  # sums in another order
     assert [memory["peak"] for memory in found["memory"]] == found["peak_chunks"]
+    for memory in found["memory"]:
+        assert (
+            memory["weights"] + memory["gradients"] + memory["optimizer"] == memory["static"] == 0
+        )
+        # One holding for each chunk: a default size is all for W where a backward is split.
+        assert len({(c["stage"], c["microbatch"]) for c in memory["chunks"]}) == 8
 
 
 def test_text_has_the_drawing_the_table_and_the_makespan(
