@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
-from .actions import Action, Step, actions, dependencies
+from .actions import Action, Op, Step, actions, dependencies
 
 # In `StepGraph.needs`: a need that stands nowhere in the schedule.
 MISSING = -1
@@ -98,16 +99,24 @@ def step_graph(
     first = [0]
     rank_of: list[int] = []
     needs: list[tuple[int, ...]] = []
-    at = positions.get
+    # A plain tuple finds an action as well as the action does, and is made in a fifth of the time.
+    at = cast("Callable[[tuple[int, Op, int]], int | None]", positions.get)
+    wanted: dict[tuple[int, Op], tuple[tuple[tuple[int, Op], ...], ...]] = {}
     for rank, row in enumerate(rows):
         rank_of += [rank] * len(row)
         first.append(len(rank_of))
         for step in row:
             found: list[int] = []
             for action in actions(step):
-                for choices in dependencies(action, num_stages):
-                    for choice in choices:
-                        place = at(choice)
+                stage, op, microbatch = action
+                if (stage, op) not in wanted:  # the same for every micro-batch
+                    wanted[stage, op] = tuple(
+                        tuple((need.stage, need.op) for need in choices)
+                        for choices in dependencies(action, num_stages)
+                    )
+                for choices in wanted[stage, op]:
+                    for other, kind in choices:
+                        place = at((other, kind, microbatch))
                         if place is not None:
                             found.append(place)
                             break

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .actions import Op, Pair, Step
@@ -68,33 +67,3 @@ class Times:
         if op is Op.B:
             return self.B[stage]
         return self.I[stage] if op is Op.I else self.W[stage]
-
-    def split(self, stages: int) -> Times:
-        """The same model cut finer: into `stages` stages, a multiple of the present ones.
-
-        Every stage's work is shared evenly by those that it is cut into, and so is a pair's time;
-        a message is as large as it was.
-
-        Raises:
-            ValueError: `stages` is not a multiple of the number of stages.
-        """
-        parts, rest = divmod(stages, self.num_stages)
-        if rest or not parts:
-            raise ValueError(
-                f"times of {self.num_stages} stages cannot be split over {stages} stages evenly"
-            )
-
-        def cut(times: Sequence[float]) -> tuple[float, ...]:
-            return tuple(time / parts for time in times for _ in range(parts))
-
-        # A boundary inside an old stage carries what the boundary after that stage carries.
-        edge = (*self.occupy, self.occupy[-1] if self.occupy else 0.0)
-        return Times(
-            cut(self.F),
-            cut(self.I),
-            cut(self.W),
-            cut(self.B),
-            tuple(row for row in map(cut, self.pair) for row in (row,) * parts),
-            self.send,
-            tuple(time for time in edge for _ in range(parts))[: stages - 1],
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
 from ..schedule import Action, Step
@@ -57,7 +58,11 @@ class StepLink(NamedTuple):
 
 
 class TransferLink(NamedTuple):
-    """A message, from the end of what made it to its arrival, as part of the critical path."""
+    """A message, as part of the critical path.
+
+    From `transfer.start` to its arrival; where the next link is a message that had to wait for it,
+    to when it leaves the lane.
+    """
 
     transfer: Transfer
     start: float
@@ -125,11 +130,12 @@ def idle_by_cause(result: Result) -> tuple[Idle, ...]:
 def critical_path(result: Result) -> tuple[Link, ...]:
     """The chain of steps and messages, without a gap, that lasts from 0 to the makespan.
 
-    Shortening anything that is not on it changes nothing. Where several chains are as long, the one
-    that stays on its rank.
+    As long as it takes as long, the makespan does: shortening anything that is not on it changes
+    nothing. Where several chains are as long, the one that stays on its rank.
     """
     graph = result.plan.graph
     last = _last_deliveries(result)
+    before = _deliveries_before(result)
     rank = max(range(result.ranks), key=lambda r: result.done[r])
     path: list[Link] = []
     number = _finish_path(result, rank, path)
@@ -139,11 +145,25 @@ def critical_path(result: Result) -> tuple[Link, ...]:
         path.append(StepLink(rank, result.plan.rows[rank][index], start, end))
         if index and result.ends[number - 1] == start:
             number -= 1
-        elif start > 0:
-            number, _, transfer = last[number]
-            path.append(TransferLink(transfer, result.ends[number], start))
-        else:
+            continue
+        if start == 0:
             return tuple(reversed(path))
+        delivery, until = last[number], start
+        while True:
+            path.append(TransferLink(delivery.transfer, delivery.transfer.start, until))
+            if delivery.transfer.start == result.ends[delivery.source]:
+                break
+            delivery, until = before[delivery], delivery.transfer.start  # it kept the lane busy
+        number = delivery.source
+
+
+def _deliveries_before(result: Result) -> dict[Delivery, Delivery]:
+    """Of each delivery, the one that its rank sent before."""
+    return {
+        after: before
+        for before, after in pairwise(result.deliveries)
+        if before.transfer.source == after.transfer.source
+    }
 
 
 def _finish_path(result: Result, rank: int, path: list[Link]) -> int:
@@ -152,22 +172,27 @@ def _finish_path(result: Result, rank: int, path: list[Link]) -> int:
     while index:
         part = result.finish[rank][index - 1]
         path.append(FinishLink(rank, part, part.start, part.end))
-        rank, index = _ended_at(result, part.start, rank, index - 1)
+        rank, index = _ended_at(result, part, rank, index - 1)
     return result.plan.graph.first[rank + 1] - 1
 
 
-def _ended_at(result: Result, time: float, rank: int, index: int) -> tuple[int, int]:
-    """Who let the part after `rank`'s first `index` ones start at `time`: itself, if it can be.
+def _ended_at(result: Result, part: Finish, rank: int, index: int) -> tuple[int, int]:
+    """Who let a part start that follows `rank`'s first `index` ones: itself, if it can be.
 
     Returns:
         A rank and how many parts of what follows its row had ended then.
     """
-    others = ((r, len(result.finish[r])) for r in range(result.ranks) if r != rank)
+    met = {
+        "reduce": (),
+        "mirror": result.plan.placement.replicas(part.stage),
+        "optimizer": range(result.ranks),
+    }[part.kind]
+    others = ((r, len(result.finish[r])) for r in met if r != rank)
     for candidate, most in ((rank, index), *others):
         row = result.spans[candidate]
-        ends = [row[-1].end if row else 0.0, *(part.end for part in result.finish[candidate])]
+        ends = [row[-1].end if row else 0.0, *(done.end for done in result.finish[candidate])]
         for count in range(most, -1, -1):
-            if ends[count] == time:
+            if ends[count] == part.start:
                 return candidate, count
     raise AssertionError("what follows a row starts when something ends")
 

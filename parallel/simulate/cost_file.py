@@ -11,7 +11,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from .costs import Costs, check_time, checked, unknown_name
+from .amounts import check_amount, checked, unknown_name
+from .costs import FROM_PHASES, NEEDED, ONE_NUMBER, Costs
 from .memory import Memory
 from .phases import NAMES, Phases
 
@@ -20,10 +21,6 @@ SUFFIXES = (".toml", ".json")
 _COSTS = tuple(f.name for f in fields(Costs))
 _MEMORY = tuple(f.name for f in fields(Memory))
 _ABOUT_PHASES = tuple(f.name for f in fields(Phases) if f.name != "times")
-# A schedule may need any of the three, so none of them is guessed.
-_NEEDED = ("F", "I", "W")
-_FROM_PHASES = ("F", "I", "W", "B", "pair")
-_ONE_NUMBER = ("pair", "send", "bandwidth")
 
 
 @dataclass(frozen=True)
@@ -55,10 +52,10 @@ def load_costs(path: str | Path) -> CostFile:
         for name in _COSTS
         if name in top and name not in ("phases", "unit")
     }
-    for name in _FROM_PHASES:
+    for name in FROM_PHASES:
         if name in given and phases is not None:
             source.fail(f"{name} is given beside [phases], which it follows from", "", name)
-    missing = [name for name in _NEEDED if name not in given]
+    missing = [name for name in NEEDED if name not in given]
     if phases is None and missing:
         source.fail(f"no cost {', '.join(missing)}; give F, I and W, or [phases]")
     try:
@@ -114,12 +111,12 @@ class _Source:
         kind = _kind(value)
         if kind == "a table":
             self.fail(f"{key} is a table, not a number", table, key)
-        if kind == "a list" and key in _ONE_NUMBER:
+        if kind == "a list" and key in ONE_NUMBER:
             self.fail(f"cost {key} is one number, not a list by stage", table, key)
         if key == "bandwidth" and value == math.inf:
             return math.inf
         try:
-            return checked(f"{table} {key}".strip(), value)
+            return checked(f"{table or 'cost'} {key}", value)
         except (ValueError, OverflowError) as error:
             self.fail(str(error), table, key)
 
@@ -171,7 +168,7 @@ def _phases(source: _Source, table: dict[str, object]) -> Phases:
     for name in NAMES:
         if name in table:
             try:
-                times[name] = check_time(name, table[name])
+                times[name] = check_amount(f"phases: {name}", table[name])
             except (ValueError, OverflowError) as error:
                 source.fail(str(error), "phases", name)
     about: dict[str, Any] = {name: table[name] for name in _ABOUT_PHASES if name in table}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from ..schedule import Action, Op, Pair, Schedule, Step, Times, actions, verify
 from ..schedule.messages import taker
-from .costs import Costs, by_stage
+from .amounts import by_stage
+from .costs import Costs
 
 
 class Span(NamedTuple):
@@ -64,8 +65,8 @@ class Result:
 
     Attributes:
         plan: the schedule.
-        costs: what was simulated.
-        times: what the costs come to for its stages.
+        costs: what was simulated; without steps' costs of its own where `times` were given.
+        times: of its steps and messages: what the costs come to for its stages.
         starts, ends: of the steps, numbered row after row as in `plan.graph`.
         finish: per rank, what follows its row.
     """
@@ -251,8 +252,10 @@ def simulate(schedule: Schedule, costs: Costs | Times) -> Result:
 
     A rank takes its steps in order. A step starts when the rank is free and all that its actions
     need has arrived: at once from the same rank; from another, once the message has had its turn on
-    that rank's sending lane and `send` has passed. A pair starts when both its members can, and
-    both end with it.
+    that rank's sending lane and `send` has passed. A pair is one
+    step: it starts when both its members can, and what both make is sent when it ends. (This
+    project's executor does not overlap pairs yet: it runs the forward, sends, and then waits for
+    what the backward needs.)
 
     Args:
         schedule: any schedule that verifies.
@@ -314,13 +317,14 @@ def _run(schedule: Schedule, times: Times) -> tuple[list[float], list[float]]:
 
 def _messages(schedule: Schedule, rank: int, step: Step) -> list[tuple[int, Action]]:
     """The steps on other ranks that need a step's results, and whose results, as they are sent."""
+    find = cast("Callable[[tuple[int, Op, int]], int | None]", schedule.numbers.get)
     found: list[tuple[int, Action]] = []
     for action in actions(step):
         stage = taker(action, schedule.num_stages)
         if stage is None or schedule.placement.rank(stage, action.microbatch) == rank:
             continue
         for op in (Op.F,) if action.op is Op.F else (Op.B, Op.I):
-            number = schedule.numbers.get(Action(stage, op, action.microbatch))
+            number = find((stage, op, action.microbatch))
             if number is not None:
                 found.append((number, action))
     return found
@@ -340,15 +344,17 @@ def _row_ends(schedule: Schedule, ends: Sequence[float]) -> list[float]:
 
 
 def _finish(schedule: Schedule, costs: Costs, last: list[float]) -> tuple[tuple[Finish, ...], ...]:
-    """Reductions of the gradients after the rows, as the executor makes them, and the optimizer.
+    """Reductions of the gradients after the rows, and the optimizer.
 
-    A rank sums each of its stages' gradients over its data-parallel ranks; then the ranks that hold
-    a stage sum its copies, for which all of them must have come; then, when every rank has its
-    gradients, and their norm with them, each updates its parameters.
+    A rank, once its row has ended, sums each of its stages' gradients over its data-parallel ranks;
+    then the ranks that hold a stage sum its copies, for which all of them must have come; then,
+    when every rank has its gradients, and their norm with them, each updates its parameters. (This
+    project's trainer first sums the losses over the pipeline, so that no rank reduces before the
+    last row has ended.)
     """
     stages = range(schedule.num_stages)
     reduce, mirror, optimizer = (
-        by_stage(name, getattr(costs, name), len(stages))
+        by_stage(f"cost {name}", getattr(costs, name), len(stages))
         for name in ("reduce", "mirror", "optimizer")
     )
     done: list[list[Finish]] = [[] for _ in last]

@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from ..schedule import Op, actions
-from .costs import ByStage, by_stage, checked, cut_by_stage
+from .amounts import ByStage, by_stage, checked, finer
 from .events import Result
 
 
@@ -48,12 +48,9 @@ class Memory:
         Raises:
             ValueError: `stages` is not a multiple of `ranks`.
         """
-        parts, rest = divmod(stages, ranks)
-        if rest or not parts:
-            raise ValueError(f"memory of {ranks} stages cannot be split over {stages} evenly")
 
         def cut(name: str, value: ByStage) -> tuple[float, ...]:
-            return cut_by_stage(f"memory {name}", value, ranks, parts)
+            return finer(f"memory {name}", value, ranks, stages)
 
         return Memory(
             weights=cut("weights", self.weights),

@@ -6,12 +6,12 @@ communication lane dispatch and combine (DeepSeek-V3, arXiv 2412.19437, section 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from itertools import pairwise
 from typing import NamedTuple
+
+from .amounts import check_amount, unknown_name
 
 COMPUTE = "compute"
 COMMUNICATION = "communication"
@@ -53,13 +53,15 @@ class Phases:
     """Times of the phases of one layer, from which those of F, I, W, B and a pair follow.
 
     Attributes:
-        times: time of each of NAMES. Communication as it is beside computation; computation with
-            all multiprocessors (SMs).
-        layers: layers of a stage; one number, or one entry a stage.
+        times: time of each of NAMES: of computation with all multiprocessors (SMs), of
+            communication with the share of them that it gets.
+        layers: layers of a stage; one number, or one entry a stage. A list may also have a multiple
+            of the number of stages: neighbours are summed.
         order: in which order a pair of layers issues its phases, a permutation of NAMES. On each
             lane they run in this order, each after what it needs.
-        comm_share: share of the SMs that communication keeps while a pair runs, from 0 to below 1:
-            the computation of a pair takes 1 / (1 - comm_share) times as long. V3 gives 20 of 132.
+        comm_share: share of the SMs that communication keeps where the lanes overlap, in pairs and
+            in B, from 0 to below 1: computation there takes 1 / (1 - comm_share) times as long. V3
+            gives 20 of 132. How fast communication is with another share has to be measured.
 
     Raises:
         ValueError: a phase is missing, unknown or negative, or the order is no permutation or puts
@@ -74,21 +76,17 @@ class Phases:
     def __post_init__(self) -> None:
         for name in self.times:
             if name not in NAMES:
-                near = get_close_matches(name, NAMES, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ";"
-                raise ValueError(f"phases: unknown {name!r}{hint} Known: {', '.join(NAMES)}")
+                raise ValueError(f"phases: {unknown_name(name, NAMES)}")
         for name in NAMES:
             if name not in self.times:
                 raise ValueError(
                     f"phases: no time for {name!r}; each of {', '.join(NAMES)} has one"
                 )
-            time = self.times[name]
-            if not math.isfinite(time) or time < 0:
-                raise ValueError(f"phases: {name}={time!r} must be finite and from 0 up")
-        counts = [self.layers] if isinstance(self.layers, int) else list(self.layers)
-        if not counts or any(isinstance(n, bool) or n < 1 for n in counts):
+            check_amount(f"phases: {name}", self.times[name])
+        counts = self.layers if isinstance(self.layers, Sequence) else (self.layers,)
+        if not counts or any(type(count) is not int or count < 1 for count in counts):
             raise ValueError(f"phases: layers={self.layers!r} must be whole numbers from 1 up")
-        if not 0 <= self.comm_share < 1:
+        if check_amount("phases: comm_share", self.comm_share) >= 1:
             raise ValueError(
                 f"phases: comm_share={self.comm_share!r} must be from 0 to below 1, such as 20/132"
             )
@@ -113,7 +111,7 @@ class Phases:
 
     def backward(self, layers: int) -> tuple[PhaseSpan, ...]:
         """The phases of B: weight gradients run behind its communication."""
-        return _compose(self._order((*BACKWARD, *WEIGHTS)), self.times, 0, layers, 1.0)
+        return self.pair(0, layers)
 
     def pair(self, forward_layers: int, backward_layers: int) -> tuple[PhaseSpan, ...]:
         """The phases of a forward of so many layers and a backward of so many, interleaved.
@@ -128,29 +126,32 @@ class Phases:
         """Layers of each of `stages` stages.
 
         Raises:
-            ValueError: `layers` has another number of entries.
+            ValueError: `layers` does not fit that many.
         """
-        if isinstance(self.layers, int):
+        if not isinstance(self.layers, Sequence):
             return (self.layers,) * stages
-        if len(self.layers) != stages:
+        width, rest = divmod(len(self.layers), stages)
+        if rest or not width:
             raise ValueError(
                 f"phases: layers has {len(self.layers)} entries, but there are {stages} stages"
             )
-        return tuple(self.layers)
+        return tuple(sum(self.layers[i : i + width]) for i in range(0, stages * width, width))
 
-    def split(self, stages: int, parts: int) -> Phases:
-        """The phases of a model whose `stages` stages are each cut in `parts` equal ones.
+    def for_ranks(self, ranks: int, stages: int) -> Phases:
+        """The phases of the same model, whose layers are given for `ranks` stages, cut finer.
 
         Raises:
-            ValueError: the layers of a stage do not divide so.
+            ValueError: the layers of a stage cannot be cut so.
         """
-        layers = self.layers_of(stages)
-        for stage, count in enumerate(layers):
+        if isinstance(self.layers, Sequence) and len(self.layers) % stages == 0:
+            return replace(self, layers=self.layers_of(stages))
+        coarse, parts = self.layers_of(ranks), stages // ranks
+        for stage, count in enumerate(coarse):
             if count % parts:
                 raise ValueError(
                     f"phases: the {count} layers of stage {stage} cannot be cut in {parts} parts"
                 )
-        return replace(self, layers=tuple(n // parts for n in layers for _ in range(parts)))
+        return replace(self, layers=tuple(n // parts for n in coarse for _ in range(parts)))
 
     def _order(self, names: Sequence[str]) -> tuple[str, ...]:
         return tuple(name for name in self.order if name in names)

@@ -36,8 +36,9 @@ def test_costs_default_to_a_backward_of_its_halves_and_a_pair_that_gains_nothing
 
 def test_costs_are_read_from_text() -> None:
     assert Costs.parse("F=1,I=1,W=1,pair=3,send=0") == UNIT
-    assert Costs.parse(" F = 1.5 , send=2e-1") == Costs(F=1.5, send=0.2)
-    assert Costs.parse("B=4") == Costs(B=4)
+    assert Costs.parse(" F = 1.5 , I=1,W = 1,send=2e-1") == Costs(F=1.5, send=0.2)
+    assert Costs.parse("pair=2.5,send=1") == Costs(pair=2.5, send=1)
+    assert Costs.parse("F=1,I=2,W=3,B=4") == Costs(F=1, I=2, W=3, B=4)
 
 
 @pytest.mark.parametrize(
@@ -48,14 +49,17 @@ def test_costs_are_read_from_text() -> None:
         ("F:1", "'F:1' is not NAME=NUMBER"),
         ("f=1", "unknown 'f'; did you mean F"),
         ("pairs=1", "unknown 'pairs'; did you mean pair"),
-        ("xyz=1", "unknown 'xyz'; Known: F, I, W, B, pair, send, message"),
+        ("xyz=1", "unknown 'xyz'; known: F, I, W, B, pair, send, message"),
         ("F=1,F=2", "F is there twice"),
         ("F=one", "F='one' is not a number"),
         ("F=", "F='' is not a number"),
-        ("F=nan", "cost F=nan must be finite"),
+        ("F=nan,I=1,W=1", "cost F=nan must be finite"),
         ("send=inf", "cost send=inf must be finite"),
-        ("W=-1", r"cost W=-1\.0 must be finite and from 0 up"),
-        ("F=0", "cost F=0"),
+        ("F=1,I=1,W=-1", r"cost W=-1\.0 must be finite and from 0 up"),
+        ("F=0,I=1,W=1", "cost F=0"),
+        ("F=1", "I and W missing; F, I and W go together"),
+        ("B=2", "F and I and W missing"),
+        ("F=1,I=1,pair=3", "'F=1,I=1,pair=3': W missing"),
     ],
 )
 def test_bad_costs_are_refused_with_the_entry(text: str, says: str) -> None:
@@ -80,31 +84,47 @@ def test_a_list_has_an_entry_a_stage_and_a_function_is_asked_for_each() -> None:
     assert asked.of(Pair(Action(3, Op.F, 7), Action(2, Op.B, 5))) == 32
 
 
-def test_a_list_by_layer_is_summed_and_a_coarse_one_shared_out() -> None:
+def test_a_list_by_layer_is_summed() -> None:
     assert Costs(F=[1, 2, 3, 4, 5, 6]).times(3).F == (3, 7, 11)
-    assert Costs(F=[2, 4]).times(4).F == (1, 1, 2, 2)
-    with pytest.raises(ValueError, match=r"cost F is a list of 6, but there are 4 stages; give 4"):
-        Costs(F=[1, 2, 3, 4, 5, 6]).times(4)
+    for entries in ([1, 2, 3, 4, 5, 6], [2, 4]):
+        says = f"cost F is a list of {len(entries)}, but there are 4 stages; give 4"
+        with pytest.raises(ValueError, match=says):
+            Costs(F=entries).times(4)
 
 
 def test_a_model_cut_finer_costs_the_same_in_all() -> None:
     costs = Costs(F=[1, 2], I=1, W=[0.5, 1], pair=2.5, mirror=4, reduce=[1, 3], optimizer=1)
-    whole, halves = costs.times(2), costs.for_ranks(2, 4)
+    halves = costs.for_ranks(2, 4)
     fine = halves.times(4)
-    assert fine == whole.split(4)
-    assert fine.F == (0.5, 0.5, 1, 1)
+    assert (fine.F, fine.I, fine.W) == ((0.5, 0.5, 1, 1), (0.5,) * 4, (0.25, 0.25, 0.5, 0.5))
+    assert fine.B == (0.75, 0.75, 1, 1)
     assert fine.pair == ((1.25,) * 4,) * 4
     assert (halves.mirror, halves.reduce) == ((2,) * 4, (0.5, 0.5, 1.5, 1.5))
     assert costs.for_ranks(2, 2) is costs
-    with pytest.raises(ValueError, match="2 stages cannot be split over 3"):
-        costs.for_ranks(2, 3)
+    alone = Costs(F=[1, 2], B=4).for_ranks(2, 4).times(4)
+    assert alone.pair[2][0] == 1 + 2
+    asked = Costs(F=lambda s: s + 1, pair=lambda f, b: 10 * f + b + 1).for_ranks(2, 4).times(4)
+    assert (asked.F, asked.pair[3][2]) == ((0.5, 0.5, 1, 1), (10 + 1 + 1) / 2)
+    for stages in (3, 1):
+        with pytest.raises(ValueError, match=f"2 stages cannot be cut into {stages} stages"):
+            costs.for_ranks(2, stages)
+
+
+def test_a_list_by_layer_says_what_each_finer_stage_costs() -> None:
+    """The embedding's layer stays in the first stage, and is not spread over the first two."""
+    costs = Costs(F=[3, 1, 1, 1, 1, 1, 1, 1])
+    assert costs.times(4).F == (4, 2, 2, 2)
+    assert costs.for_ranks(4, 8).times(8).F == (3, 1, 1, 1, 1, 1, 1, 1)
+    assert costs.for_ranks(2, 4).times(4).F == (4, 2, 2, 2)
 
 
 def test_a_message_keeps_its_size_where_a_model_is_cut_finer() -> None:
     costs = Costs(message=[8, 6], bandwidth=2, send=0.5)
     assert costs.times(2).occupy == (4,)
     assert costs.for_ranks(2, 4).times(4).occupy == (4, 4, 3)
-    assert costs.times(2).split(4).send == 0.5
+    assert costs.for_ranks(2, 4).times(4).send == 0.5
+    nothing = Costs(message=[0, 0], bandwidth=2)
+    assert nothing.for_ranks(2, 4).times(4).occupy == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +147,7 @@ def test_costs_that_make_no_sense_are_refused(make: Callable[[], object], says: 
 
 
 def test_lists_are_read_from_text() -> None:
-    assert Costs.parse("F=1/1/1.5,pair=3") == Costs(F=(1, 1, 1.5), pair=3)
+    assert Costs.parse("F=1/1/1.5,I=1,W=1,pair=3") == Costs(F=(1, 1, 1.5), pair=3)
     for name in ("send", "pair", "bandwidth"):
         with pytest.raises(ValueError, match=f"{name} is one number"):
             Costs.parse(f"{name}=1/2")
@@ -204,17 +224,24 @@ def test_costs_follow_from_phases_and_layers() -> None:
         Costs(phases=phases).times(3)
 
 
-def test_phases_split_by_layers() -> None:
-    assert Phases(ONES, layers=4).split(2, 2).layers == (2, 2, 2, 2)
+def test_layers_are_summed_or_cut_like_other_lists() -> None:
+    assert Phases(ONES, layers=4).for_ranks(2, 4).layers == (2, 2, 2, 2)
+    uneven = Phases(ONES, layers=[1, 2, 3, 4])
+    assert uneven.layers_of(2) == (3, 7)
+    assert uneven.for_ranks(2, 4).layers == (1, 2, 3, 4)
     with pytest.raises(ValueError, match="the 3 layers of stage 1 cannot be cut in 2 parts"):
-        Phases(ONES, layers=[2, 3]).split(2, 2)
+        Phases(ONES, layers=[2, 3]).for_ranks(2, 4)
+    halves = Costs(phases=Phases(ONES, layers=4), mirror=2).for_ranks(2, 4)
+    assert (halves.times(4).F, halves.mirror) == ((8,) * 4, (1,) * 4)
 
 
-def test_a_share_of_the_multiprocessors_slows_computation_in_pairs_only() -> None:
+def test_a_share_of_the_multiprocessors_slows_computation_where_lanes_overlap() -> None:
     plain, shared = Phases(ONES), Phases(ONES, comm_share=0.5)
     assert duration(plain.forward(1)) == duration(shared.forward(1))
     compute = [s for s in shared.pair(1, 1) if s.lane == COMPUTE]
     assert [s.end - s.start for s in compute] == [2.0] * 6
+    compute = [s for s in shared.backward(1) if s.lane == COMPUTE]
+    assert [s.end - s.start for s in compute] == [2.0] * 4
 
 
 def test_the_order_of_a_pair_can_be_chosen() -> None:
@@ -229,8 +256,12 @@ def test_the_order_of_a_pair_can_be_chosen() -> None:
     ("make", "says"),
     [
         (lambda: Phases({}), r"no time for 'attn\(F\)'"),
-        (lambda: Phases({**ONES, "mlp(G)": 1}), r"unknown 'mlp\(G\)'; did you mean 'mlp"),
-        (lambda: Phases({**ONES, "mlp(F)": -1}), "must be finite and from 0 up"),
+        (lambda: Phases({**ONES, "mlp(G)": 1}), r"unknown 'mlp\(G\)'; did you mean mlp"),
+        (lambda: Phases({**ONES, "mlp(F)": -1}), r"phases: mlp\(F\)=-1 must be finite and from 0"),
+        (lambda: Phases({**ONES, "mlp(F)": True}), r"phases: mlp\(F\)=True is not a number"),
+        (lambda: Phases(ONES, layers=[1, True]), r"layers=\[1, True\] must be"),
+        (lambda: Costs(phases=Phases(dict.fromkeys(NAMES, 0.0))).times(1), "cost F=0"),
+        (lambda: Costs(F=10**400), "cost F is too large a number"),
         (lambda: Phases(ONES, layers=0), "layers=0 must be whole numbers from 1 up"),
         (lambda: Phases(ONES, layers=[]), r"layers=\[\] must be"),
         (lambda: Phases(ONES, comm_share=1), "comm_share=1 must be from 0 to below 1"),

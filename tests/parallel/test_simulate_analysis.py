@@ -1,6 +1,7 @@
 """Messages, what follows the rows, idle time by its cause, the critical path and memory."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -13,6 +14,8 @@ from counterflow.parallel.schedule import (
     Pair,
     Placement,
     Schedule,
+    Step,
+    Times,
     actions,
     build,
     forward_only,
@@ -123,7 +126,9 @@ def test_the_critical_path_reaches_from_the_start_to_the_end_without_a_gap(
         if isinstance(one, StepLink) and isinstance(other, TransferLink):
             assert other.transfer.action in actions(one.step)
             assert other.transfer.source == one.rank
-        if isinstance(one, TransferLink):
+        if isinstance(one, TransferLink) and isinstance(other, TransferLink):
+            assert one.transfer.source == other.transfer.source  # which had to wait for its lane
+        elif isinstance(one, TransferLink):
             assert isinstance(other, StepLink)
             assert one.transfer.destination == other.rank
         if isinstance(one, FinishLink):
@@ -131,6 +136,65 @@ def test_the_critical_path_reaches_from_the_start_to_the_end_without_a_gap(
     for link in path:
         if isinstance(link, StepLink):
             assert spans[link.step] == (link.start, link.end)
+
+
+@dataclass(frozen=True)
+class LongerStep(Times):
+    """Times of which one step's is longer."""
+
+    longer: Step | None = None
+
+    def of(self, step: Step) -> float:
+        return super().of(step) + (0.125 if step == self.longer else 0)
+
+
+@dataclass(frozen=True)
+class LongerStepCosts(Costs):
+    """Costs of which one step's is longer."""
+
+    longer: Step | None = None
+
+    def times(self, stages: int) -> Times:
+        return LongerStep(**vars(super().times(stages)), longer=self.longer)
+
+
+@given(random_schedules(), any_costs)
+@settings(deadline=None, max_examples=60)
+def test_whatever_on_the_critical_path_takes_longer_the_makespan_does(
+    schedule: Schedule, costs: Costs
+) -> None:
+    result = simulate(schedule, costs)
+    stages = range(schedule.num_stages)
+    plain = vars(costs)
+    for link in critical_path(result):
+        if isinstance(link, StepLink):
+            longer = simulate(schedule, LongerStepCosts(**plain, longer=link.step)).makespan
+            assert longer == result.makespan + 0.125
+        elif isinstance(link, FinishLink):
+            kind, stage = link.finish.kind, link.finish.stage
+            times = [plain[kind] + (0.125 if s == stage else 0) for s in stages]
+            longer = simulate(schedule, Costs(**{**plain, kind: times})).makespan
+            assert longer >= result.makespan + 0.125  # several ranks may hold the stage
+        elif link.end == link.transfer.end:  # else it is only the lane that is waited for
+            longer = simulate(schedule, replace(costs, send=costs.send + 0.125)).makespan
+            assert longer >= result.makespan + 0.125
+
+
+@given(random_schedules(), any_costs)
+@settings(deadline=None, max_examples=60)
+def test_a_wait_is_for_the_last_message_to_arrive(schedule: Schedule, costs: Costs) -> None:
+    result = simulate(schedule, costs)
+    arrived = {(t.action, t.destination): t.end for t in result.transfers}
+    needs = needed({a for row in schedule.rows for step in row for a in actions(step)})
+    for mine in waits(result):
+        for wait in mine:
+            coming = {
+                arrived[need, wait.rank]: need
+                for action in actions(wait.step)
+                for need in needs[action]
+                if (need, wait.rank) in arrived
+            }
+            assert arrived[wait.action, wait.rank] == max(coming) == wait.end
 
 
 def test_making_a_step_off_the_critical_path_cheaper_gains_nothing() -> None:
@@ -266,7 +330,7 @@ def test_sizes_of_memory_that_make_no_sense_are_refused() -> None:
     result = simulate(build("1f1b", ranks=2, microbatches=2), UNIT)
     with pytest.raises(ValueError, match="memory kept=2 of stage 0 is more than its activations"):
         memory_of(result, Memory(kept=2))
-    with pytest.raises(ValueError, match="memory of 2 stages cannot be split over 3"):
+    with pytest.raises(ValueError, match="memory weights of 2 stages cannot be cut into 3"):
         Memory().for_ranks(2, 3)
 
 
