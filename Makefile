@@ -46,6 +46,7 @@ test: check
 
 bench: $(STAMP)
 	$(BIN)/python -m bench.pipeline
+	$(BIN)/python -m bench.simulate
 
 # A GPU machine brings its own torch, matched to its driver, and may have no network.
 gpu:

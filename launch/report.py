@@ -162,8 +162,8 @@ def _timeline_section(timeline: Timeline | None, picture: str) -> str:
         )
         ratio = makespan_ms(measured) / makespan_ms(planned)
         note = (
-            f"As planned, each step costs the median of what its kind was measured to cost, and "
-            f"transfers cost nothing. Measured / planned: {ratio:.3f}."
+            f"As planned, each step costs the median of what its kind was measured to cost on its "
+            f"stage, and transfers cost nothing. Measured / planned: {ratio:.3f}."
         )
     else:
         note = f"The plan cannot be shown: {timeline.why_no_plan}"

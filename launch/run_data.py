@@ -12,12 +12,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 from ..parallel.schedule import Pair, Step, parse_step
 from ..parallel.schedule.text_form import from_text
-from ..parallel.simulate import Costs, simulate
+from ..parallel.simulate import simulate
+from ..parallel.simulate.measured import measured_costs
 
 # Every run has one of these, however early it ended.
 _OF_A_RUN = ("config.toml", "metrics.jsonl", "result.json")
@@ -53,7 +53,7 @@ class Timeline:
         name: of the schedule.
         measured: as it ran.
         planned: as the simulation runs the same schedule, where each step costs the median of what
-            its kind was measured to cost and transfers cost nothing; or None.
+            its kind was measured to cost on its stage and transfers cost nothing; or None.
         why_no_plan: why it is None, or "".
     """
 
@@ -193,21 +193,8 @@ def read_timeline(data: dict[str, Any]) -> Timeline | None:
     try:
         schedule = from_text(data["schedule"], "timeline.json")
         name = schedule.name
-        bare = Timeline(name, measured, None, "")
-        medians = {k: median(d) for k in KINDS if (d := bare.durations_ms(k))}
-        missing = sorted(
-            {Bar(step, 0, 0).kind for row in schedule.rows for step in row} - medians.keys()
-        )
-        if missing:
-            raise ValueError(f"no step of kind {', '.join(missing)} was measured")
-        costs = Costs(
-            F=medians["F"] if "F" in medians else medians["pair"],
-            I=medians.get("I", 0.0),
-            W=medians.get("W", 0.0),
-            B=medians.get("B"),
-            pair=medians.get("pair"),
-        )
-        spans = simulate(schedule, costs).spans
+        busy = ((bar.step, bar.busy_ms) for row in measured for bar in row)
+        spans = simulate(schedule, measured_costs(schedule, busy)).spans
     except ValueError as error:
         return Timeline(name, measured, None, str(error).split("\n")[0])
     planned = tuple(tuple(Bar(s.step, s.start, s.end) for s in row) for row in spans)

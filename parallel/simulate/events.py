@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
-from ..schedule import Action, Op, Pair, Schedule, Step, Times, actions, verify
-from ..schedule.messages import taker
+from ..schedule import Action, Op, Pair, Schedule, Step, Times, verify
+from ..schedule.clock import occupied, outgoing, row_ends, run
 from .amounts import by_stage
 from .costs import Costs
 
@@ -100,9 +100,9 @@ class Result:
         for rank, row in enumerate(self.plan.rows):
             lane = 0.0
             for number, step in enumerate(row, start=graph.first[rank]):
-                for target, action in _messages(self.plan, rank, step):
+                for target, action in outgoing(self.plan, rank, step):
                     left = max(lane, self.ends[number])
-                    lane = left + _occupied(times, action)
+                    lane = left + occupied(times, action)
                     destination = graph.rank_of[target]
                     transfer = Transfer(action, rank, destination, left, lane + times.send)
                     found.append(Delivery(number, target, transfer))
@@ -131,7 +131,7 @@ class Result:
     @cached_property
     def done(self) -> tuple[float, ...]:
         """Per rank, when it has ended its row and what follows."""
-        rows = _row_ends(self.plan, self.ends)
+        rows = row_ends(self.plan, self.ends)
         return tuple(
             finish[-1].end if finish else end for end, finish in zip(rows, self.finish, strict=True)
         )
@@ -275,72 +275,9 @@ def simulate(schedule: Schedule, costs: Costs | Times) -> Result:
                 f"times of {times.num_stages} stages, but schedule {schedule.name!r} has "
                 f"{schedule.num_stages}"
             )
-    starts, ends = _run(schedule, times)
-    finish = _finish(schedule, costs, _row_ends(schedule, ends))
+    starts, ends = run(schedule, times)
+    finish = _finish(schedule, costs, row_ends(schedule, ends))
     return Result(schedule, costs, times, starts, ends, finish)
-
-
-def _run(schedule: Schedule, times: Times) -> tuple[list[float], list[float]]:
-    """Start and end of every numbered step.
-
-    Each step, when its end is known, says to those that need it from when on they have its message.
-    Messages of a rank leave in the order of its row, in which its steps end, so that walking any
-    order of the graph gives the lane's turns rightly.
-    """
-    graph = schedule.graph
-    rank_of, first, remote = graph.rank_of, graph.first, graph.remote
-    numbered = [step for row in schedule.rows for step in row]
-    durations = list(map(times.of, numbered))
-    send = times.send
-    lane = [0.0] * schedule.num_ranks if any(times.occupy) else None
-    starts = [0.0] * graph.num_steps
-    ends = [0.0] * graph.num_steps
-    arrived = [0.0] * graph.num_steps
-    for step in graph.order:
-        start = arrived[step]
-        rank = rank_of[step]
-        if step != first[rank] and ends[step - 1] > start:
-            start = ends[step - 1]
-        starts[step] = start
-        ends[step] = end = start + durations[step]
-        if lane is None:
-            arrival = end + send
-            for target in remote[step]:
-                if arrival > arrived[target]:
-                    arrived[target] = arrival
-            continue
-        for target, action in _messages(schedule, rank, numbered[step]):
-            lane[rank] = max(end, lane[rank]) + _occupied(times, action)
-            arrived[target] = max(arrived[target], lane[rank] + send)
-    return starts, ends
-
-
-def _messages(schedule: Schedule, rank: int, step: Step) -> list[tuple[int, Action]]:
-    """The steps on other ranks that need a step's results, and whose results, as they are sent."""
-    find = cast("Callable[[tuple[int, Op, int]], int | None]", schedule.numbers.get)
-    found: list[tuple[int, Action]] = []
-    for action in actions(step):
-        stage = taker(action, schedule.num_stages)
-        if stage is None or schedule.placement.rank(stage, action.microbatch) == rank:
-            continue
-        for op in (Op.F,) if action.op is Op.F else (Op.B, Op.I):
-            number = find((stage, op, action.microbatch))
-            if number is not None:
-                found.append((number, action))
-    return found
-
-
-def _occupied(times: Times, action: Action) -> float:
-    """How long the message that an action makes keeps the sending lane."""
-    boundary = action.stage if action.op is Op.F else action.stage - 1
-    return times.occupy[boundary] if times.occupy else 0.0
-
-
-def _row_ends(schedule: Schedule, ends: Sequence[float]) -> list[float]:
-    """Per rank, the end of its last step; 0 where it has none."""
-    return [
-        ends[after - 1] if start < after else 0.0 for start, after in pairwise(schedule.graph.first)
-    ]
 
 
 def _finish(schedule: Schedule, costs: Costs, last: list[float]) -> tuple[tuple[Finish, ...], ...]:
