@@ -40,9 +40,8 @@ def find_schedule(
                 f"{name}: how many stages a rank has is fixed; leave stages_per_rank out, or take "
                 f"{takers}"
             )
-        if ranks is None or microbatches is None:
-            raise ValueError(f"schedule {name!r} needs --ranks and --microbatches")
-        return tailored(name, ranks, microbatches, costs or Costs(), stages_per_rank)
+        sizes = require_sizes(f"schedule {name!r}", ranks, microbatches)
+        return tailored(name, *sizes, costs or Costs(), stages_per_rank)
     schedule = _from_file(name)
     for what, wanted, has in (
         ("ranks", ranks, schedule.num_ranks),
@@ -52,6 +51,19 @@ def find_schedule(
         if wanted is not None and wanted != has:
             raise ValueError(f"{name}: the schedule in this file has {has} {what}, not {wanted}")
     return schedule
+
+
+def require_sizes(who: str, ranks: int | None, microbatches: int | None) -> tuple[int, int]:
+    """Both sizes.
+
+    Raises:
+        ValueError: `who` needs what is missing.
+    """
+    if ranks is None or microbatches is None:
+        given = {"--ranks": ranks, "--microbatches": microbatches}
+        missing = " and ".join(flag for flag, size in given.items() if size is None)
+        raise ValueError(f"{who} needs {missing}")
+    return ranks, microbatches
 
 
 def _from_file(name: str) -> Schedule:

@@ -18,6 +18,7 @@ _PAIR = re.compile(r"\(([^;()]*);([^;()]*)\)(?:OVERLAP_F_B)?")
 # What torch's lowered schedules hold besides computation; named in the error, because a file that
 # torch wrote with its default format is full of them.
 _TORCH_ONLY = re.compile(r"[0-9]+(?:UNSHARD|RESHARD|REDUCE_GRAD|SEND_F|RECV_F|SEND_B|RECV_B)[0-9]*")
+_MOST_DIGITS = 9  # no such number is meant, and Python refuses to read one of thousands
 _EXPECTED = "an action such as 2F0 (stage, one of F B I W, micro-batch) or a pair such as (0F7;7B3)"
 
 
@@ -110,6 +111,9 @@ def _parse_action(text: str, cell: str) -> Action:
     match = _ACTION.fullmatch(text)
     if match is not None:
         stage, op, microbatch = match.groups()
+        if len(stage) > _MOST_DIGITS or len(microbatch) > _MOST_DIGITS:
+            shown = cell if len(cell) <= 40 else cell[:37] + "..."
+            raise ValueError(f"{shown!r} has a number of more than {_MOST_DIGITS} digits")
         return Action(int(stage), Op(op), int(microbatch))
     if _TORCH_ONLY.fullmatch(text):
         raise ValueError(

@@ -73,7 +73,9 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Built:
-    """What the constructor made. A replay of its rows starts no step later than it says here.
+    """What the constructor made.
+
+    Where messages do not queue, a replay of its rows starts no step later than it says here.
 
     Attributes:
         lanes: what it was made for.

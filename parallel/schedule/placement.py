@@ -50,8 +50,11 @@ class Placement:
         ranks = {rank for route in self.routes for rank in route}
         if min(ranks) < 0:
             raise ValueError(f"rank {min(ranks)} in a route; ranks count from 0")
-        for rank in sorted(set(range(max(ranks))) - ranks):
-            raise ValueError(f"rank {rank} holds no stage, and ranks up to {max(ranks)} are in use")
+        for expected, rank in enumerate(sorted(ranks)):
+            if rank != expected:
+                raise ValueError(
+                    f"rank {expected} holds no stage, and ranks up to {max(ranks)} are in use"
+                )
 
     @classmethod
     def of(cls, paths: Sequence[tuple[int, ...]]) -> Placement:

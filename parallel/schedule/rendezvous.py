@@ -32,13 +32,15 @@ class Discipline(StrEnum):
         interleaved schedules in groups also posts some receives a step ahead and keeps some sends a
         step back, placed by hand; that is not modelled.
     IN_ORDER: each two ranks have one queue for both directions, as an NCCL communicator of two
-        ranks on one stream (what torch makes for `isend` and `irecv` outside a group). A rank
-        appends its operations without waiting; the heads of the two ends complete together, and
-        only if one is the other's counterpart. A step waits for its receives, and the end of the
-        row until all its queues are empty.
-    BLOCKING: one operation after the other, each until the peer has come to its counterpart (plain
-        `send` and `recv` of messages too large to be buffered). Of one rank to one other, the n-th
-        message sent is the n-th received.
+        ranks on one stream: what torch makes for `isend` and `irecv` outside a group, as long as
+        communicators come to be lazily. (After `init_process_group(device_id=...)` they all go
+        through one communicator of all ranks, and a rank's operations wait for each other whoever
+        the peer is: that is as BLOCKING.) A rank appends its operations without waiting; the heads
+        of the two ends complete together, and only if one is the other's counterpart. A step waits
+        for its receives, and the end of the row until all its queues are empty.
+    BLOCKING: one operation after the other, each until the peer has come to its counterpart: plain
+        `send` and `recv`, of gloo at any size, of NCCL and MPI for what they do not buffer. Of one
+        rank to one other, the n-th message sent is the n-th received.
 
     What gets through BLOCKING does so under all others, and BUFFERED lets through all that verify.
     """

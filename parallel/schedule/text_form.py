@@ -25,8 +25,11 @@ _HEADER = """\
 # input and weight gradients; (2F0;1B3) is a forward and a full backward that overlap.
 # A route lists the ranks of stages 0, 1, ... and the micro-batches that take it.
 """
-_ROUTE = re.compile(r"ranks((?: +[0-9]+)+) *, *micro-batches((?: +[0-9]+(?:-[0-9]+)?)+)")
-_ROW = re.compile(r"rank +([0-9]+)")
+# Nine digits: no larger number is meant, and Python refuses to read one of thousands.
+_ROUTE = re.compile(
+    r"ranks((?: +[0-9]{1,9})+) *, *micro-batches((?: +[0-9]{1,9}(?:-[0-9]{1,9})?)+)"
+)
+_ROW = re.compile(r"rank +([0-9]{1,9})")
 
 
 def to_text(schedule: Schedule) -> str:
@@ -106,19 +109,22 @@ def parse_row(row: Iterable[str], where: str) -> tuple[Step, ...]:
     return tuple(steps)
 
 
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
 def _unknown_line(key: str) -> str:
     near = get_close_matches(key, ("name", "route", "rank 0"), n=1)
     hint = f"did you mean '{near[0]}:'? " if near else ""
-    shown = key if len(key) <= 40 else key[:37] + "..."
-    return f"{shown!r} begins no line; {hint}Expected 'name:', 'route:' or 'rank N:'"
+    return f"{_shown(key)} begins no line; {hint}expected 'name:', 'route:' or 'rank N:'"
 
 
 def _parse_route(value: str, where: str, most: int) -> tuple[tuple[int, ...], list[int]]:
     match = _ROUTE.fullmatch(value)
     if match is None:
         raise ValueError(
-            f"{where}: {value!r} is not a route; expected one such as "
-            "'ranks 0 1 2 3, micro-batches 0-7'"
+            f"{where}: {_shown(value)} is not a route; expected one such as "
+            "'ranks 0 1 2 3, micro-batches 0-7', of numbers of up to nine digits"
         )
     takers: list[int] = []
     for part in match[2].split():

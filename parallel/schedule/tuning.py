@@ -72,7 +72,7 @@ class Tuner:
         self.best_score: tuple[float, ...] = (math.inf,)
         self.priorities: Priorities | None = None
 
-    def attempt(self, priorities: Priorities, *, level: bool = False) -> Built:
+    def attempt(self, priorities: Priorities, *, level: bool = False) -> None:
         """Construct with these priorities, and keep what comes out if it is the best.
 
         Args:
@@ -87,7 +87,6 @@ class Tuner:
             self.best, self.best_score, self.priorities = built, score, priorities
             if score[0] <= self.enough:
                 self.left = 0
-        return built
 
     def sweep(self, start: Priorities, until: int = 0) -> None:
         """Try `start`, then change one shared priority after the other while that gains.
@@ -114,16 +113,16 @@ class Tuner:
         if kept[1] <= self.best_score:
             self.best, self.best_score, self.priorities = kept
 
-    def wander(self, seed: int = 0, until: int = 0) -> None:
+    def wander(self) -> None:
         """Change priorities of one or a few neighbouring ranks at random, and keep what gains.
 
         Half of the changes are near the rank that takes longest.
         """
-        dice = random.Random(seed)
+        dice = random.Random(0)
         ranks = len(self.lanes.of_rank)
         # Twice more the warm-up: which rank takes one forward more there moves all that follows.
         names = (*_VALUES, "in_flight", "warmup", "warmup")
-        while self.left > until and self.best is not None and self.priorities is not None:
+        while self.left > 0 and self.best is not None and self.priorities is not None:
             name = dice.choice(names)
             values = list(getattr(self.priorities, name))
             first, length = dice.randrange(ranks), dice.choice((1, 1, 2, ranks))

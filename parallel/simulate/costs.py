@@ -74,7 +74,9 @@ class Costs:
                 "cost bandwidth, in bytes a unit, is missing: message and bandwidth go together"
             )
         if limited and self.message == 0:
-            raise ValueError("cost message, in bytes, is missing: message and bandwidth go together")
+            raise ValueError(
+                "cost message, in bytes, is missing: message and bandwidth go together"
+            )
         if self.phases is not None:
             for name in FROM_PHASES:
                 if getattr(self, name) != _DEFAULTS[name]:

@@ -73,5 +73,5 @@ def _builder(name: str) -> Callable[..., Schedule]:
     if name not in _BUILDERS:
         near = get_close_matches(name.lower(), _BUILDERS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ";"
-        raise ValueError(f"unknown schedule {name!r}{hint} Known: {', '.join(_BUILDERS)}")
+        raise ValueError(f"unknown schedule {name!r}{hint} known: {', '.join(_BUILDERS)}")
     return _BUILDERS[name]

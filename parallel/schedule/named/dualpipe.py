@@ -27,8 +27,11 @@ def dualpipe(ranks: int, microbatches: int) -> Schedule:
     The published code takes no fewer than 2P micro-batches. Here the steps for fewer are those for
     2P without the last micro-batches of each direction; a pair that loses a member is the other one
     alone. With F = I = W = 1 and F&B = 3 the makespan is 3m+P-2 for m >= 2P, 2m+3P-2 for
-    P < m <= 2P and 2m+5P/2-3 for m <= P, always less than 1F1B's 3m+3P-3. The peak of a rank that
-    is h ranks from the nearer end is min(P+1, m, m/2+1+h) chunks (`peak_chunks` too).
+    P < m <= 2P and 2m+5P/2-3 for m <= P, always less than 1F1B's 3m+3P-3. In simulations with other
+    times, uneven stages and messages that take time it was never more than 1F1B's where B = I + W
+    and no pair takes longer than its F + B; with pairs up to 1.3 times that it was up to 1.16 of
+    1F1B's. The peak of a rank that is h ranks from the nearer end is min(P+1, m, m/2+1+h) chunks
+    (`peak_chunks` too).
 
     Args:
         ranks: pipeline ranks, which are the stages too; even.

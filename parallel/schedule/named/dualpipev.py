@@ -21,7 +21,9 @@ def dualpipev(ranks: int, microbatches: int) -> Schedule:
     exactly so where F = I = W and F&B = F+B (elsewhere `simulate` tells), and holds the activations
     of P+1 chunks of one stage at its peak, whatever m is. Fewer micro-batches than the published
     code takes are done as in DualPipe: makespan and peak are DualPipe's for P ranks and 2m
-    micro-batches, rank r being r ranks from the nearer end.
+    micro-batches, rank r being r ranks from the nearer end. Its micro-batches pass the ranks twice:
+    where messages take time and there are very few of them, the makespan can be up to 1.47 of
+    1F1B's (2 of them on 4 ranks, a message taking as long as a forward of 1F1B's).
 
     Args:
         ranks: pipeline ranks, half the number of stages; from 1 up.

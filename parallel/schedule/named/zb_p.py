@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 
+from ..clock import run
 from ..greedy import Built
 from ..lanes import ROUNDING, Lanes, lay_out
 from ..placement import Placement
@@ -55,13 +56,15 @@ def zb_2p(
 ) -> Schedule:
     """ZB-2p: searched with twice the memory of 1F1B, 2P chunks a rank.
 
-    As `zb_1p` otherwise. With F = I = W no rank idles between its first start and its end, given 2P
-    micro-batches or more.
+    As `zb_1p` otherwise, and with the limit in whole chunks as long as that costs no time; else it
+    is one in the paper's count, in which a chunk of which only W is left weighs 16/37: then more
+    than 2P chunks can be alive on a rank (`peak_chunks`). With F = I = W no rank idles between its
+    first start and its end, given 2P micro-batches or more.
 
     The last rank must still owe about (P-1)(F + I + 2 send)/W + 1 weight halves when its last I
     ends, or rank 0 waits for it. Where that is more than 2P, what the paper prints can only be
-    reached by counting as it does: a chunk of which only W is left holds less than a whole one.
-    Such a schedule is taken only if it is better than that with whole chunks.
+    reached by counting as it does. Such a schedule is taken only if it is better than that with
+    whole chunks; `pending=1` never takes one.
 
     Args:
         ranks: pipeline ranks, which are the stages too; from 1 up.
@@ -110,7 +113,8 @@ def _searched(
             other = _tune(paper, limit, constructions)
             best = other if best is None else min(best, other, key=_score)
     made = best.schedule(name)
-    # ZB-H1 fits either limit, and with few micro-batches can be what the search missed.
+    # ZB-H1 fits either limit, and can be what the search missed: with few micro-batches, or where
+    # messages queue, of which the list scheduler knows nothing.
     h1 = replace(zb_h1(ranks, microbatches), name=name)
     return h1 if _longest(h1, times) < _longest(made, times) else made
 
@@ -136,20 +140,9 @@ def _score(built: Built) -> tuple[float, ...]:
 
 
 def _longest(schedule: Schedule, times: Times) -> float:
-    """The longest that a rank takes from its first start to its end, as `simulate` finds it."""
-    graph = schedule.graph
-    durations = [times.of(step) for row in schedule.rows for step in row]
-    starts, ends = [0.0] * graph.num_steps, [0.0] * graph.num_steps
-    for step in graph.order:
-        if step != graph.first[graph.rank_of[step]]:
-            starts[step] = max(starts[step], ends[step - 1])
-        ends[step] = starts[step] + durations[step]
-        for target in graph.remote[step]:
-            # Stages that exchange messages are neighbours, and stage s is on rank s.
-            boundary = min(graph.rank_of[step], graph.rank_of[target])
-            delay = times.send + (times.occupy[boundary] if times.occupy else 0.0)
-            starts[target] = max(starts[target], ends[step] + delay)
-    return max(ends[after - 1] - starts[first] for first, after in pairwise(graph.first))
+    """The longest that a rank takes from its first start to its end, messages that queue and all."""
+    starts, ends = run(schedule, times)
+    return max(ends[after - 1] - starts[first] for first, after in pairwise(schedule.graph.first))
 
 
 def _bound(lanes: Lanes, limit: int) -> float:

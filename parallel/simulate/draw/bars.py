@@ -1,8 +1,12 @@
-"""A result as bars on lanes: what a trace and a page of a simulated step show."""
+"""A result as bars on lanes, by name: what a trace shows.
+
+A page of 64 ranks and 512 micro-batches cannot hold so many names: it has the numbers that they
+are made from (`page_data`), and of here only what phases a step has.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ...schedule import Op, Pair, Step
@@ -58,7 +62,7 @@ def _phase_bars(result: Result, rank: int, phases: Phases) -> Iterator[Bar]:
     made: dict[tuple[str, int, int], tuple[PhaseSpan, ...]] = {}
     for lane in (COMPUTE, COMMUNICATION):
         for step, start, _ in result.spans[rank]:
-            key = _shape(step, layers)
+            key = shape_of(step, layers)
             if key not in made:
                 made[key] = phase_spans(phases, *key)
             for phase in made[key]:
@@ -80,7 +84,13 @@ def phase_spans(phases: Phases, kind: str, forward: int, backward: int) -> tuple
     return of(forward if kind == "F" else backward)
 
 
-def _shape(step: Step, layers: tuple[int, ...]) -> tuple[str, int, int]:
+def shape_of(step: Step, layers: Sequence[int]) -> tuple[str, int, int]:
+    """What decides the phases of a step: its kind, and the layers of its forward and backward.
+
+    Args:
+        step: of a rank.
+        layers: of each stage.
+    """
     if isinstance(step, Pair):
         return "pair", layers[step.forward.stage], layers[step.backward.stage]
     count = layers[step.stage]

@@ -1,15 +1,17 @@
-"""How steps look in every picture: colours, hatches, lanes and shades. No drawing here.
+"""How steps look in every picture: colours, hatches, lanes, shades and words. No drawing here.
 
-What a step is can be told without colour: by hatch, by lightness, and a pair by its two lanes.
+What a step is can be told without colour: by hatch, by lightness, and a pair by its two lanes;
+where there are too many steps for that, by its place in a stack.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from ...schedule import Action, Pair, Placement, Step
+from ..events import Result
 
 # Name -> colour, on light paper and on dark. F, I, W and B go from light to dark.
 LIGHT = {
@@ -26,7 +28,7 @@ LIGHT = {
     "optimizer": "#b9bec8",
     "weights": "#747d8d",
     "gradients": "#979eac",
-    "activations": "#6f9fd8",
+    "activations": "#c39f85",
     "critical": "#c8102e",
 }
 DARK = {
@@ -43,7 +45,7 @@ DARK = {
     "optimizer": "#a4a9b4",
     "weights": "#5d6573",
     "gradients": "#7d8593",
-    "activations": "#7aa9e0",
+    "activations": "#b3907a",
     "critical": "#ff6b7d",
 }
 # As matplotlib writes them.
@@ -60,10 +62,31 @@ FINISH_MEANINGS = {
     "mirror": "gradients over copies of a stage",
     "optimizer": "optimizer step",
 }
+# From below upwards, in a stack of the shares of a time; F hangs from above.
+STACK = ("W", "I", "B", "reduce", "mirror", "optimizer")
+NEUTRAL = "#7f848e"  # shows a shade that every kind may have
 ON_BAR = "#101216"  # edges of bars and text on them, on any paper
-HATCH = "#ffffff66"
+HATCHES_ON = {"dark": "#ffffff80", "pale": "#10121650"}  # colours of hatches
 PALEST = 0.55  # share of white in the palest shade
 ROW = 0.8  # height of a bar; rows are 1 apart
+
+
+def count(number: int, one: str, several: str) -> str:
+    """A number of things: "1 rank", "8 ranks"."""
+    return f"{number} {one if number == 1 else several}"
+
+
+def sizes(result: Result) -> str:
+    """How large a simulated step is, in words."""
+    batches = count(result.microbatches, "micro-batch", "micro-batches")
+    return f"{count(result.ranks, 'rank', 'ranks')} × {batches}"
+
+
+def stack_meaning(kinds: Collection[str]) -> str:
+    """What a column of a stack says, of a picture in which these kinds occur."""
+    below = [kind for kind in "WIB" if kind in kinds]
+    stands = f", {' then '.join(below)} from below" if below else ""
+    return f"a column: the shares of its time, F from above{stands}; empty: idle"
 
 
 class Box(NamedTuple):
@@ -95,10 +118,15 @@ def bar_style(kind: str, white: float = 0.0) -> dict[str, Any]:
     return {
         "facecolor": paler(LIGHT[kind], white),
         "hatch": HATCHES[kind] if kind in HATCHES else FINISH_HATCHES[kind],
-        "hatchcolor": HATCH,
+        "hatchcolor": hatch_colour(white),
         "edgecolor": ON_BAR,
         "linewidth": 0.5,
     }
+
+
+def hatch_colour(white: float) -> str:
+    """Of a hatch on a colour with a share of white, that it can be seen there."""
+    return HATCHES_ON["pale" if white > PALEST / 2 else "dark"]
 
 
 def paler(colour: str, white: float) -> str:

@@ -32,7 +32,7 @@ def page(result: Result, memories: Sequence[RankMemory], *, memory_unit: str = "
         memories: what each rank holds, of the same result.
         memory_unit: `Memory.unit` of what the memories were made from.
     """
-    title = escape(f"{result.schedule}, {result.ranks} ranks × {result.microbatches} micro-batches")
+    title = escape(f"{result.schedule}, {sizes(result)}")
     data = json.dumps(page_data(result, memories, memory_unit), separators=(",", ":"))
     summary = _summary(result)
     return (
@@ -78,7 +78,7 @@ def _summary(result: Result) -> str:
     idle = sum(result.idle)
     return (
         f"Makespan {_with_unit(result.makespan, result)}, bubble {result.bubble_rate:.2%}: "
-        f"{_with_unit(idle, result)} of idle time on {result.ranks} ranks together."
+        f"{_with_unit(idle, result)} of idle time on {count(result.ranks, 'rank', 'ranks together')}."
     )
 
 
@@ -105,7 +105,7 @@ def _legend(result: Result) -> str:
         keys.append((_swatch(["F", "B"]), "pair: F above, B below, at once"))
     shades = Shades(result.plan.placement)
     for number, name in enumerate(shades.names):
-        keys.append((_swatch(["F"], shades.white(number)), name))
+        keys.append((_shade_swatch(paler(NEUTRAL, shades.white(number))), name))
     keys += [(_swatch([kind]), text) for kind, text in FINISH_MEANINGS.items() if kind in kinds]
     if result.costs.phases is not None:
         keys.append((_swatch(["F", "I"]), "below a step: computation; under that, communication"))

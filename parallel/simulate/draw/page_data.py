@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, pairwise
 
-from ...schedule import Action, Op, Pair, Step
+from ...schedule import Action, Op, Pair
 from ..analysis import FinishLink, StepLink, critical_path
 from ..events import Result
 from ..memory import RankMemory
 from ..phases import COMMUNICATION, NAMES, Phases
-from .bars import phase_spans
-from .look import FINISH_MEANINGS, HATCH, MEANINGS, ON_BAR, Shades
+from .bars import phase_spans, shape_of
+from .look import FINISH_MEANINGS, MEANINGS, ON_BAR, Shades, hatch_colour
 
 _DIGITS = 9  # of the makespan, at most, to which times are given
 _OPS = tuple(Op)  # the number of an operation
@@ -64,7 +64,7 @@ def page_data(
         "meanings": [MEANINGS[op][3:] for op in _OPS],
         "finish_meanings": list(FINISH_MEANINGS.values()),
         "on_bar": ON_BAR,
-        "hatch": HATCH,
+        "hatch": [hatch_colour(shades.white(number)) for number in range(len(shades))],
     }
 
 
@@ -163,7 +163,7 @@ def _memory(memories: Sequence[RankMemory], ticks: Callable[[float], int]) -> di
 def _phases(result: Result, phases: Phases, per_unit: float) -> dict[str, object]:
     """The phases of each kind of step with so many layers, counted from the start of the step."""
     layers = phases.layers_of(result.stages)
-    kinds = {_kind(step, layers) for row in result.plan.rows for step in row}
+    kinds = {shape_of(step, layers) for row in result.plan.rows for step in row}
     return {
         "names": NAMES,
         "layers": layers,
@@ -182,11 +182,3 @@ def _phases(result: Result, phases: Phases, per_unit: float) -> dict[str, object
             for kind in sorted(kinds)
         },
     }
-
-
-def _kind(step: Step, layers: Sequence[int]) -> tuple[str, int, int]:
-    """What decides the phases of a step: its kind, and the layers of its forward and backward."""
-    if isinstance(step, Pair):
-        return "pair", layers[step.forward.stage], layers[step.backward.stage]
-    count = layers[step.stage]
-    return (step.op.value, count, 0) if step.op is Op.F else (step.op.value, 0, count)

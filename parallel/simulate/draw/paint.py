@@ -1,95 +1,95 @@
-"""The steps of every rank as one bitmap, for pictures with more bars than can be drawn."""
+"""The steps of every rank as one bitmap, for pictures with more steps than can be drawn.
+
+A column stacks the shares that the kinds of steps have of its time. A mix of their colours would
+be the colour of none of them, and one colour a column shows the beat of columns against steps.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
 
 from ...schedule import Pair
 from ..events import Result
-from .look import LIGHT, ON_BAR, Shades, paler
+from .look import LIGHT, STACK
 
-LANES_A_RANK = 10  # of pixels: a gap, the upper and the lower half of the bars, a gap
-_GAP = 1
-_HALF = (LANES_A_RANK - 2 * _GAP) // 2
-_EDGE_FROM = 12.0  # columns that a bar must have for a line at its start
-
-
-class _Paint(NamedTuple):
-    """A stretch of one colour, in columns."""
-
-    start: float
-    end: float
-    colour: bytes
+ROWS_A_RANK = 24  # of pixels
+GAP = 2  # above and below a rank's column
+LEVELS = ROWS_A_RANK - 2 * GAP
 
 
-def paint(result: Result, shades: Shades, columns: int) -> memoryview:
-    """The bitmap: LANES_A_RANK rows of pixels a rank, `columns` of them from 0 to the makespan.
+def shares(result: Result, rank: int, columns: int) -> dict[str, list[float]]:
+    """Per kind that occurs on a rank, its share of the time of each column, from 0 to 1.
 
-    A column has the colours of what runs in its time, each with its share of the time, and is as
-    opaque as the rank is busy.
+    The time of a pair is half its forward's and half its backward's.
+
+    Args:
+        result: the simulated step.
+        rank: of the pipeline.
+        columns: equal parts of the time from 0 to the makespan.
+    """
+    found: dict[str, list[float]] = {}
+    scale = columns / result.makespan
+
+    def add(kind: str, start: float, end: float, weight: float) -> None:
+        into = found.setdefault(kind, [0.0] * columns)
+        start, end = start * scale, min(end * scale, columns)
+        first, last = int(start), int(end)
+        if first == last:
+            if first < columns:
+                into[first] += weight * (end - start)
+            return
+        into[first] += weight * (first + 1 - start)
+        for column in range(first + 1, last):
+            into[column] += weight
+        if last < columns:
+            into[last] += weight * (end - last)
+
+    for step, start, end in result.spans[rank]:
+        if isinstance(step, Pair):
+            add(step.forward.op.value, start, end, 0.5)
+            add(step.backward.op.value, start, end, 0.5)
+        else:
+            add(step.op.value, start, end, 1.0)
+    for part in result.finish[rank]:
+        add(part.kind, part.start, part.end, 1.0)
+    return found
+
+
+def paint(result: Result, columns: int) -> memoryview:
+    """The bitmap: ROWS_A_RANK rows of pixels a rank, `columns` of them from 0 to the makespan.
+
+    In LEVELS of the rows a column has F hanging from above and the kinds of STACK standing below,
+    and between them as much is left empty as the rank is idle.
 
     Returns:
         Bytes of shape (rows, columns, 4): red, green, blue and opacity.
     """
-    scale = columns / result.makespan
-    rgb = {
-        (kind, number): bytes.fromhex(paler(LIGHT[kind], shades.white(number))[1:])
-        for kind in "FBIW"
-        for number in range(len(shades))
-    }
-    rows: list[bytes] = []
-    blank = bytes(4 * columns)
-    for rank, row in enumerate(result.spans):
-        upper: list[_Paint] = []
-        lower: list[_Paint] = []
-        for step, start, end in row:
-            first, last = start * scale, end * scale
-            members = (step.forward, step.backward) if isinstance(step, Pair) else (step, step)
-            for lane, action in zip((upper, lower), members, strict=True):
-                lane.append(_Paint(first, last, rgb[action.op.value, shades.of(action)]))
-        for part in result.finish[rank]:
-            stretch = _Paint(
-                part.start * scale, part.end * scale, bytes.fromhex(LIGHT[part.kind][1:])
-            )
-            upper.append(stretch)
-            lower.append(stretch)
-        above = _line(upper, columns)
-        below = above if upper == lower else _line(lower, columns)
-        rows += [blank] * _GAP + [above] * _HALF + [below] * _HALF + [blank] * _GAP
-    return memoryview(b"".join(rows)).cast("B", (len(rows), columns, 4))
+    pixels = bytearray(4 * columns * ROWS_A_RANK * result.ranks)
+    colours = {kind: bytes.fromhex(LIGHT[kind][1:]) + b"\xff" for kind in ("F", *STACK)}
+    for rank in range(result.ranks):
+        found = shares(result, rank, columns)
+        for column in range(columns):
+            row = ROWS_A_RANK * rank + GAP
+            for kind, top, bottom in stacked({kind: of[column] for kind, of in found.items()}):
+                for level in range(top, bottom):
+                    at = 4 * ((row + level) * columns + column)
+                    pixels[at : at + 4] = colours[kind]
+    return memoryview(bytes(pixels)).cast("B", (ROWS_A_RANK * result.ranks, columns, 4))
 
 
-def _line(stretches: Sequence[_Paint], columns: int) -> bytes:
-    """One row of pixels."""
-    line = bytearray(4 * columns)
-    # Columns that a bar covers in part: red, green, blue and opacity, weighted by its share.
-    mixed: dict[int, list[float]] = {}
-    edge = bytes.fromhex(ON_BAR[1:]) + b"\xff"
-    for start, end, colour in stretches:
-        first, last = int(start), int(end)
-        if first == last:
-            _mix(mixed, first, end - start, colour)
-            continue
-        _mix(mixed, first, first + 1 - start, colour)
-        _mix(mixed, last, end - last, colour)
-        line[4 * (first + 1) : 4 * last] = (colour + b"\xff") * (last - first - 1)
-        if end - start >= _EDGE_FROM:
-            line[4 * (first + 1) : 4 * (first + 2)] = edge
-    for column, (*channels, share) in mixed.items():
-        if column < columns and share > 0:
-            opaque = min(255, round(255 * share))
-            line[4 * column : 4 * column + 4] = bytes(
-                [*(min(255, round(channel / share)) for channel in channels), opaque]
-            )
-    return bytes(line)
+def stacked(of: Mapping[str, float]) -> list[tuple[str, int, int]]:
+    """Kinds with the first level from above that they have in a column, and the first after.
 
-
-def _mix(mixed: dict[int, list[float]], column: int, share: float, colour: bytes) -> None:
-    if share <= 0:
-        return
-    at = mixed.setdefault(column, [0.0, 0.0, 0.0, 0.0])
-    at[0] += share * colour[0]
-    at[1] += share * colour[1]
-    at[2] += share * colour[2]
-    at[3] += share
+    Args:
+        of: share of each kind in the column's time, together 1 at most.
+    """
+    found: list[tuple[str, int, int]] = []
+    sum_of, below = 0.0, 0
+    for kind in STACK:
+        sum_of += of.get(kind, 0.0)
+        upto = round(LEVELS * sum_of)
+        if upto > below:
+            found.append((kind, LEVELS - upto, LEVELS - below))
+        below = upto
+    forward = round(LEVELS * (sum_of + of.get("F", 0.0))) - below
+    return [*found, ("F", 0, forward)] if forward else found
