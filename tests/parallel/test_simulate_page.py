@@ -15,30 +15,11 @@ from typing import Any
 import pytest
 
 from counterflow.parallel.schedule import Pair, Schedule, build
-from counterflow.parallel.simulate import Costs, Memory, Phases, Result, memory_of, simulate
-from counterflow.parallel.simulate.draw.look import (
-    DARK,
-    LIGHT,
-)
+from counterflow.parallel.simulate import Costs, Memory, Result, memory_of, simulate
+from counterflow.parallel.simulate.draw.look import DARK, LIGHT, NEUTRAL, paler
 from counterflow.parallel.simulate.draw.page import page
 from counterflow.parallel.simulate.draw.pictures import save_picture
-from counterflow.parallel.simulate.phases import NAMES
-
-UNIT = Costs(F=1, I=1, W=1, pair=3)
-WITH_ALL = Costs(
-    phases=Phases(dict.fromkeys(NAMES, 1.5), layers=2),
-    send=0.25,
-    message=3,
-    bandwidth=2,
-    reduce=3,
-    mirror=2,
-    optimizer=1,
-    unit="ms",
-)
-
-
-def simulated(name: str, ranks: int, microbatches: int, costs: Costs = UNIT) -> Result:
-    return simulate(build(name, ranks=ranks, microbatches=microbatches), costs)
+from tests.cases_pictures import UNIT, WITH_ALL, simulated
 
 
 class Tags(HTMLParser):
@@ -221,15 +202,107 @@ def test_the_files_of_the_page_are_in_the_wheel() -> None:
     assert {"page.js", "page_draw.js", "page.css"} <= found
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-def test_a_browser_runs_the_page_to_its_end(tmp_path: Path) -> None:
-    path = tmp_path / "step.html"
-    result = simulated("dualpipe", 4, 10, WITH_ALL)
+def test_one_rank_and_one_micro_batch_are_not_called_by_plurals() -> None:
+    tags, _ = page_of(simulated("1f1b", 1, 1))
+    assert "1f1b, 1 rank × 1 micro-batch\n" in tags.text
+    assert "of idle time on 1 rank." in tags.text
+
+
+def test_the_legend_has_shades_in_grey_and_entries_for_bars_and_for_stacks() -> None:
+    result = simulated("dualpipe", 4, 10)
+    html = page(result, memory_of(result, Memory()))
+    entries = dict(re.findall(r'<li class="(\w*)">.*?</svg>(.*?)</li>', html))
+    assert entries.keys() == {"", "bars", "stacks"}
+    assert entries["stacks"].startswith("a column: the shares of its time, F from above")
+    for white in (0.0, 0.55):
+        assert html.count(f'fill="{paler(NEUTRAL, white)}"') == 1
+    # Hatches are those of bars: where these are not drawn, swatches have none.
+    hatched = re.findall(r'<path class="bars" [^>]*>', html)
+    assert len(hatched) == len(re.findall("<path ", html)) == len("BIW")
+
+
+def test_steps_so_short_that_no_number_counts_their_parts_are_refused() -> None:
+    with pytest.raises(ValueError, match="too small to be so many of them; multiply"):
+        page_of(simulated("1f1b", 2, 2, Costs(F=1e-310, I=0, W=0)))
+
+
+def in_browser(result: Result, folder: Path, before: str = "", after: str = "") -> str:
+    """The page after its script has run, with more script before and after it."""
+    path = folder / "step.html"
     save_picture(result, memory_of(result, Memory()), path)
+    html = path.read_text(encoding="utf-8")
+    html = html.replace("<script>", f"<script>{before}</script>\n<script>", 1)
+    path.write_text(html.replace("</body>", f"<script>{after}</script></body>"), encoding="utf-8")
     browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    options = [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000"]
+    options = [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=2000"]
     ran = subprocess.run(
-        [*browser, *options, path.as_uri()], capture_output=True, text=True, timeout=120
+        [*browser, *options, "--window-size=1300,900", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
+    return ran.stdout
+
+
+needs_browser = pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+
+
+@needs_browser
+def test_a_browser_runs_the_page_to_its_end(tmp_path: Path) -> None:
+    html = in_browser(simulated("dualpipe", 4, 10, WITH_ALL), tmp_path)
     # The height of the canvas is set by the last thing that the script does.
-    assert re.search(r"<canvas[^>]*style=\"height: \d+px", ran.stdout), ran.stderr
+    assert re.search(r"<canvas[^>]*style=\"height: \d+px", html), html
+
+
+# What is written on bars, with its width and what is seen of the bar's.
+_NOTE_LABELS = """
+const drawLabel = label, drawn = [];
+label = (text, widest, left, top, wide, tall) => {
+  const seen = Math.min(left + wide, LEFT + plotWidth()) - Math.max(left, LEFT);
+  const fill = ctx.fillText.bind(ctx);
+  ctx.fillText = (text) => drawn.push([text, ctx.measureText(text).width, seen]);
+  drawLabel(text, widest, left, top, wide, tall);
+  ctx.fillText = fill;
+};
+VIEW
+draw();
+document.title = JSON.stringify([legend.className, drawn]);
+"""
+
+
+def labels(result: Result, folder: Path, view: str) -> tuple[str, list[tuple[str, float, float]]]:
+    html = in_browser(result, folder, after=_NOTE_LABELS.replace("VIEW", view))
+    title = re.search(r"<title>(.*?)</title>", html)
+    assert title is not None
+    return json.loads(title[1])
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    ("schedule", "view", "form", "share"),
+    [
+        # All 8 x 20 x 2 actions; of those that a view cuts, some have no room.
+        (("dualpipe", 8, 20), "", r"\d+", 1.0),
+        (("dualpipe", 8, 20), "moveTo(10 / data.tick, 20 / data.tick);", r"\d[FBIW]\d+", 0.2),
+        # Two digits do not fit into an F, and one digit alone is not written either.
+        (("1f1b", 8, 64), "", "", 0.0),
+    ],
+)
+def test_labels_have_one_form_and_fit_into_their_bars(
+    schedule: tuple[str, int, int], view: str, form: str, share: float, tmp_path: Path
+) -> None:
+    result = simulated(*schedule)
+    kind, drawn = labels(result, tmp_path, view)
+    assert "stacked" not in kind
+    made = sum(2 if isinstance(step, Pair) else 1 for row in result.plan.rows for step in row)
+    assert share * made <= len(drawn) <= (made if share else 0)
+    for text, wide, room in drawn:
+        assert re.fullmatch(form, text)
+        assert wide <= room
+
+
+@needs_browser
+def test_bars_too_narrow_to_be_seen_are_stacked_and_the_legend_says_so(tmp_path: Path) -> None:
+    kind, drawn = labels(simulated("zbv", 8, 128), tmp_path, "")
+    assert "stacked" in kind
+    assert not drawn

@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from collections import Counter
+from collections import Counter, defaultdict
+from colorsys import rgb_to_hsv
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,33 +14,20 @@ from typing import Any
 import pytest
 
 from counterflow.parallel.schedule import Action, Op, Pair, Schedule, actions, build, forward_only
-from counterflow.parallel.simulate import Costs, Memory, Phases, Result, memory_of, simulate
+from counterflow.parallel.simulate import Costs, Memory, Result, memory_of, simulate
+from counterflow.parallel.simulate.draw import paint
 from counterflow.parallel.simulate.draw.look import (
     DARK,
     LIGHT,
+    NEUTRAL,
+    STACK,
     Shades,
     bar_style,
     boxes,
     paler,
 )
 from counterflow.parallel.simulate.draw.pictures import save_picture
-from counterflow.parallel.simulate.phases import NAMES
-
-UNIT = Costs(F=1, I=1, W=1, pair=3)
-WITH_ALL = Costs(
-    phases=Phases(dict.fromkeys(NAMES, 1.5), layers=2),
-    send=0.25,
-    message=3,
-    bandwidth=2,
-    reduce=3,
-    mirror=2,
-    optimizer=1,
-    unit="ms",
-)
-
-
-def simulated(name: str, ranks: int, microbatches: int, costs: Costs = UNIT) -> Result:
-    return simulate(build(name, ranks=ranks, microbatches=microbatches), costs)
+from tests.cases_pictures import UNIT, WITH_ALL, simulated
 
 
 def figure_of(result: Result, memory: Memory | None = None) -> Any:
@@ -114,45 +102,89 @@ def test_shades_tell_the_stages_of_a_rank_apart(name: str, names: tuple[str, ...
 # ---- the figure ----
 
 
-@pytest.mark.parametrize("name", ["1f1b", "dualpipe", "dualpipev"])
-def test_at_8x20_every_action_has_a_bar_with_its_micro_batch_in_it(name: str) -> None:
-    result = simulated(name, 8, 20)
-    figure = figure_of(result)
+def bars_of(figure: Any) -> dict[tuple[float, float, float, float], Any]:
+    """Left, top, width and height of each bar, with the patch that it is of."""
+    return {
+        (left, top, right - left, bottom - top): patch
+        for patch in figure.axes[0].patches
+        for (left, top), _, (right, bottom), _, _ in patch.get_path().vertices.reshape(-1, 5, 2)
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "microbatches"),
+    [("1f1b", 8, 20), ("dualpipe", 8, 20), ("dualpipev", 8, 20), ("dualpipe", 16, 64)],
+)
+def test_every_action_has_a_bar_with_its_micro_batch_in_it(
+    name: str, ranks: int, microbatches: int
+) -> None:
+    figure = figure_of(simulated(name, ranks, microbatches))
+    result = simulated(name, ranks, microbatches)
     steps = figure.axes[0]
     made = [action for row in result.plan.rows for step in row for action in actions(step)]
-    assert len(steps.patches) == len(steps.texts) == len(made)
+    bars = list(bars_of(figure))
+    assert len(bars) == len(steps.texts) == len(made)
     assert Counter(text.get_text() for text in steps.texts) == Counter(
         str(action.microbatch) for action in made
     )
     figure.canvas.draw()
-    # Every ninth, because measuring takes long; of each rank some, and of each kind.
-    for bar, text in list(zip(steps.patches, steps.texts, strict=True))[::9]:
-        outer, inner = bar.get_window_extent(), text.get_window_extent()
+    middles = {(round(x + w / 2, 6), round(y + h / 2, 6)): (x, y, w, h) for x, y, w, h in bars}
+    # Some, because measuring takes long; of each rank and of each kind.
+    for text in steps.texts[:: max(9, len(made) // 70)]:
+        x, y, wide, tall = middles[tuple(round(at, 6) for at in text.get_position())]
+        corners = steps.transData.transform([(x, y), (x + wide, y + tall)])
+        (left, right), (bottom, top) = (sorted(axis) for axis in corners.T)
+        inner = text.get_window_extent()
         # Half a point: the drawn text is rounded to whole pixels.
         slack = figure.dpi / 72 / 2
-        assert outer.x0 - slack <= inner.x0 < inner.x1 <= outer.x1 + slack
-        assert outer.y0 - slack <= inner.y0 < inner.y1 <= outer.y1 + slack
+        assert left - slack <= inner.x0 < inner.x1 <= right + slack
+        assert bottom - slack <= inner.y0 < inner.y1 <= top + slack
         assert text.get_fontsize() >= 4.2
+
+
+def test_numbers_of_a_class_of_bars_are_there_for_all_or_for_none() -> None:
+    # B is wide enough for two digits, F is not even for one that stands upright.
+    result = simulated("1f1b", 32, 64, Costs(F=1, I=1, W=1))
+    texts = figure_of(result).axes[0].texts
+    assert Counter(text.get_text() for text in texts) == {
+        str(microbatch): 32 for microbatch in range(64)
+    }
+    assert len({(text.get_fontsize(), text.get_rotation()) for text in texts}) == 1
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("zbv", "FIW"), ("dualpipe", "FBIW"), ("1f1b", "FB")])
+def test_at_16x64_bars_and_their_legend_are_hatched(name: str, kinds: str) -> None:
+    figure = figure_of(simulated(name, 16, 64))
+    wanted = {bar_style(kind)["hatch"] for kind in kinds}
+    assert not figure.axes[0].images
+    assert {patch.get_hatch() or "" for patch in figure.axes[0].patches} == wanted
+    swatches = figure.legends[0].get_patches()
+    assert wanted <= {patch.get_hatch() or "" for patch in swatches}
 
 
 def test_bars_are_where_the_steps_are() -> None:
     result = simulated("dualpipe", 4, 10, Costs(F=1, I=2, W=1, pair=4, send=1, reduce=2, mirror=1))
-    drawn = Counter(
-        (bar.get_x(), bar.get_y(), bar.get_width(), bar.get_height())
-        for bar in figure_of(result).axes[0].patches
-    )
-    wanted = Counter(
-        (start, rank + box.top, end - start, box.height)
+    drawn = bars_of(figure_of(result))
+    shades = Shades(result.plan.placement)
+    wanted = {
+        (start, rank + box.top): (
+            *(end - start, box.height),
+            paler(LIGHT[box.action.op], shades.white(shades.of(box.action))),
+        )
         for rank, row in enumerate(result.spans)
         for step, start, end in row
         for box in boxes(step)
-    )
-    wanted += Counter(
-        (part.start, rank - 0.4, part.end - part.start, 0.8)
-        for rank, row in enumerate(result.finish)
-        for part in row
-    )
-    assert drawn == wanted
+    }
+    for rank, row in enumerate(result.finish):
+        for part in row:
+            wanted[part.start, rank - 0.4] = (part.end - part.start, 0.8, LIGHT[part.kind])
+    assert {bar[:2] for bar in drawn} == wanted.keys()
+    for (left, top, wide, tall), patch in drawn.items():
+        length, height, colour = wanted[left, top]
+        # Heights are differences of numbers of ranks and tenths.
+        assert (wide, tall) == pytest.approx((length, height), abs=1e-12)
+        channels = tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        assert patch.get_facecolor() == (*channels, 1.0)
 
 
 def legend_of(result: Result, memory: Memory) -> list[str]:
@@ -192,37 +224,88 @@ def test_titles_and_units_are_said_and_never_taken_for_formulas() -> None:
     figure.canvas.draw()
 
 
+def test_shades_and_memory_have_colours_that_no_kind_of_step_has() -> None:
+    figure = figure_of(simulated("dualpipe", 4, 10))
+    legend = figure.legends[0]
+    colours = {
+        text.get_text(): tuple(round(255 * c) for c in patch.get_facecolor()[:3])
+        for text, patch in zip(legend.get_texts(), legend.legend_handles, strict=True)
+    }
+    for name in ("enters at rank 0", "enters at rank 3"):
+        assert max(colours[name]) - min(colours[name]) <= 16, "a grey"
+    assert len({lightness(paler(NEUTRAL, white)) // 10 for white in (0.0, 0.55)}) == 2
+    kinds = ("F", "B", "I", "W", "reduce", "mirror")
+    for colours in (LIGHT, DARK):
+        hues = {name: hue(colours[name]) for name in (*kinds, "activations")}
+        others = [abs(hues["activations"] - hues[kind]) for kind in kinds]
+        # Salmon and yellow are next to it on the circle, and are much more saturated.
+        assert min(min(other, 1 - other) for other in others) > 8 / 360
+
+
+def hue(colour: str) -> float:
+    return rgb_to_hsv(*(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)))[0]
+
+
+def test_one_rank_and_one_micro_batch_are_not_called_by_plurals() -> None:
+    assert figure_of(simulated("1f1b", 1, 1)).axes[0].get_title("left") == (
+        "1f1b   1 rank × 1 micro-batch"
+    )
+
+
 @pytest.mark.parametrize("costs", [UNIT, Costs(F=1, I=0.75, W=0.5, send=0.3, reduce=2)])
-def test_a_painted_rank_is_as_opaque_as_it_is_busy(costs: Costs) -> None:
-    paint = pytest.importorskip("counterflow.parallel.simulate.draw.paint")
+def test_shares_of_the_columns_are_the_times_of_the_kinds(costs: Costs) -> None:
     result = simulated("dualpipe", 4, 10, costs)
     columns = 97  # in which bars begin and end anywhere
-    pixels = paint.paint(result, Shades(result.plan.placement), columns)
-    rows = pixels.tolist()
+    for rank, row in enumerate(result.spans):
+        spent: defaultdict[str, float] = defaultdict(float)
+        for step, start, end in row:
+            for action in actions(step):
+                spent[action.op.value] += (end - start) / len(tuple(actions(step)))
+        for part in result.finish[rank]:
+            spent[part.kind] += part.end - part.start
+        found = paint.shares(result, rank, columns)
+        assert {kind: sum(of) * result.makespan / columns for kind, of in found.items()} == (
+            pytest.approx(spent)
+        )
+        together = [sum(column) for column in zip(*found.values(), strict=True)]
+        assert max(together) <= 1 + 1e-9
+
+
+def test_a_column_is_painted_in_the_colours_of_its_kinds_and_in_no_others() -> None:
+    result = simulated("dualpipe", 4, 10, Costs(F=1, I=1, W=1, pair=2.4, reduce=2, optimizer=1))
+    rows: Any = paint.paint(result, 37).tolist()
+    known = {bytes.fromhex(LIGHT[kind][1:]) for kind in ("F", *STACK)}
+    assert {bytes(pixel[:3]) for row in rows for pixel in row if pixel[3]} <= known
+    assert {pixel[3] for row in rows for pixel in row} == {0, 255}
     for rank, busy in enumerate(result.busy):
-        upper, lower = (rows[paint.LANES_A_RANK * rank + row] for row in (1, 8))
-        for line in (upper, lower):
-            opaque = sum(pixel[3] for pixel in line) / 255 / columns
-            # Each column's opacity is one of 256.
-            assert opaque == pytest.approx(busy / result.makespan, abs=0.5 / 255)
-        blank = rows[paint.LANES_A_RANK * rank]
-        assert not any(pixel[3] for pixel in blank)
+        own = rows[paint.ROWS_A_RANK * rank : paint.ROWS_A_RANK * (rank + 1)]
+        filled = sum(pixel[3] for row in own for pixel in row) / 255 / paint.LEVELS / 37
+        # Each column is rounded to whole levels.
+        assert filled == pytest.approx(busy / result.makespan, abs=0.5 / paint.LEVELS)
+        assert not any(pixel[3] for row in (own[0], own[-1]) for pixel in row)
 
 
-def test_a_column_is_painted_in_the_shares_of_its_colours() -> None:
-    paint = pytest.importorskip("counterflow.parallel.simulate.draw.paint")
+def test_a_column_has_its_forward_above_its_backward_below_and_idle_time_between() -> None:
+    assert paint.stacked({"F": 0.25, "W": 0.25, "I": 0.25}) == [
+        ("W", 15, 20),
+        ("I", 10, 15),
+        ("F", 0, 5),
+    ]
     # F and B of 1 and 3 units: two columns, the first of which is half F and half B.
     result = simulated("1f1b", 1, 1, Costs(F=1, B=3))
-    row = paint.paint(result, Shades(result.plan.placement), 2).tolist()[1]
-    colours = [[int(LIGHT[op][i : i + 2], 16) for i in (1, 3, 5)] for op in "FB"]
-    mixed = [round((f + b) / 2) for f, b in zip(*colours, strict=True)]
-    assert row == [[*mixed, 255], [*colours[1], 255]]
+    assert paint.shares(result, 0, 2) == {"F": [0.5, 0.0], "B": [0.5, 1.0]}
 
 
 def test_many_ranks_are_painted_and_their_memory_is_a_band(tmp_path: Path) -> None:
     result = simulated("1f1b", 64, 512)
-    steps, held = figure_of(result).axes
+    figure = figure_of(result)
+    steps, held = figure.axes
     assert (len(steps.images), len(steps.patches), len(steps.texts)) == (1, 0, 0)
+    legend = figure.legends[0]
+    assert legend.get_title().get_text() == (
+        "a column: the shares of its time, F from above, B from below; empty: idle"
+    )
+    assert not any(patch.get_hatch() for patch in legend.get_patches())
     assert len(held.lines) == 2  # the highest and the lowest rank
     memories = memory_of(result, Memory())
     for suffix, most in ((".svg", 2e6), (".png", 2e6), (".html", 4e6)):

@@ -221,6 +221,12 @@ def test_a_unit_of_time_that_has_no_name_is_a_millisecond(unit: str, microsecond
     assert end == (0.125 if unit == "ns" else 72 * microseconds)
 
 
+def test_times_that_no_number_of_microseconds_can_hold_are_refused() -> None:
+    result = simulate(build("1f1b", ranks=2, microbatches=2), Costs(F=1e306, B=1e306))
+    with pytest.raises(ValueError, match=r"a makespan of 6e\+306 ms is more .*; divide all times"):
+        trace(result, memory_of(result, Memory()))
+
+
 def test_a_saved_trace_is_the_same_trace(tmp_path: Path) -> None:
     result, made = case("phases and what follows")
     path = tmp_path / "step.json"

@@ -4,6 +4,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const canvas = document.getElementById("steps");
 const tip = document.getElementById("tip");
+const legend = document.getElementById("legend");
 const ctx = canvas.getContext("2d");
 const OPS = "FBIW";
 const FINISH = ["reduce", "mirror", "optimizer"];
@@ -133,7 +134,7 @@ function readColours() {
   paint = { ink: colour("ink"), faint: colour("faint"), grid: colour("grid"), paper: colour("paper"),
     critical: colour("critical"), activations: colour("activations"), edge: data.on_bar,
     ops: [...OPS].map(shaded), finish: FINISH.map(colour), fixed: STATIC.map(colour),
-    hatches: [null, ...["/", "\\", "-"].map(hatch)] };
+    hatches: [null, "/", "\\", "-"].map((kind) => kind && data.hatch.map((c) => hatch(kind, c))) };
   redraw();
 }
 
@@ -142,11 +143,11 @@ function paler(colour, white) {
   return `rgb(${parts.map((part) => Math.round(part + (255 - part) * white)).join(",")})`;
 }
 
-function hatch(kind) {
+function hatch(kind, colour) {
   const tile = document.createElement("canvas");
   tile.width = tile.height = 7;
   const pen = tile.getContext("2d");
-  pen.strokeStyle = data.hatch;
+  pen.strokeStyle = colour;
   const lines = { "/": [[-1, 8, 8, -1], [-1, 1, 1, -1], [6, 8, 8, 6]],
     "\\": [[-1, -1, 8, 8], [6, -1, 8, 1], [-1, 6, 1, 8]], "-": [[0, 3.5, 7, 3.5]] }[kind];
   for (const [x0, y0, x1, y1] of lines) {

@@ -15,7 +15,19 @@ from ...schedule import Op, Pair, actions
 from ..analysis import idle_by_cause
 from ..events import Result
 from ..memory import RankMemory
-from .look import DARK, FINISH_MEANINGS, LIGHT, MEANINGS, ON_BAR, Shades, paler
+from .look import (
+    DARK,
+    FINISH_MEANINGS,
+    LIGHT,
+    MEANINGS,
+    NEUTRAL,
+    ON_BAR,
+    Shades,
+    count,
+    paler,
+    sizes,
+    stack_meaning,
+)
 from .page_data import page_data
 
 _HOW = (
@@ -76,9 +88,10 @@ def _with_unit(time: float, result: Result) -> str:
 
 def _summary(result: Result) -> str:
     idle = sum(result.idle)
+    ranks = count(result.ranks, "rank", "ranks together")
     return (
         f"Makespan {_with_unit(result.makespan, result)}, bubble {result.bubble_rate:.2%}: "
-        f"{_with_unit(idle, result)} of idle time on {count(result.ranks, 'rank', 'ranks together')}."
+        f"{_with_unit(idle, result)} of idle time on {ranks}."
     )
 
 
@@ -97,20 +110,27 @@ def _tools(result: Result) -> str:
 
 
 def _legend(result: Result) -> str:
+    """What occurs. Of what is said of bars or of stacks, the script shows what it draws."""
     steps = [step for row in result.plan.rows for step in row]
-    ops = {action.op for step in steps for action in actions(step)}
+    ops = {action.op.value for step in steps for action in actions(step)}
     kinds = {part.kind for row in result.finish for part in row}
-    keys = [(_swatch([op]), MEANINGS[op]) for op in Op if op in ops]
+    keys = [("", _swatch([op]), MEANINGS[op]) for op in Op if op.value in ops]
     if any(isinstance(step, Pair) for step in steps):
-        keys.append((_swatch(["F", "B"]), "pair: F above, B below, at once"))
+        keys.append(("bars", _swatch(["F", "B"]), "pair: F above, B below, at once"))
     shades = Shades(result.plan.placement)
     for number, name in enumerate(shades.names):
-        keys.append((_shade_swatch(paler(NEUTRAL, shades.white(number))), name))
-    keys += [(_swatch([kind]), text) for kind, text in FINISH_MEANINGS.items() if kind in kinds]
+        grey = f'fill="{paler(NEUTRAL, shades.white(number))}"'
+        keys.append(("bars", _drawing(_lane(grey, 0, 14)), name))
+    keys += [("", _swatch([kind]), text) for kind, text in FINISH_MEANINGS.items() if kind in kinds]
     if result.costs.phases is not None:
-        keys.append((_swatch(["F", "I"]), "below a step: computation; under that, communication"))
-    items = "".join(f"<li>{swatch}{escape(text)}</li>" for swatch, text in keys)
-    return f'<ul class="legend">{items}</ul>'
+        text = "below a step: computation; under that, communication"
+        keys.append(("bars", _swatch(["F", "I"]), text))
+    stack = [kind for kind in "FBIW" if kind in ops]
+    keys.append(("stacks", _swatch(stack), stack_meaning(ops)))
+    items = "".join(
+        f'<li class="{shown}">{swatch}{escape(text)}</li>' for shown, swatch, text in keys
+    )
+    return f'<ul class="legend" id="legend">{items}</ul>'
 
 
 _HATCH_PATHS = {
@@ -120,18 +140,23 @@ _HATCH_PATHS = {
 }
 
 
-def _swatch(kinds: Sequence[str], white: float = 0.0) -> str:
-    """A small bar; two kinds are two lanes."""
-    tall = 14 // len(kinds)
-    parts = "".join(
-        f'<rect y="{tall * lane}" width="26" height="{tall}" '
-        + (f'fill="{paler(LIGHT[kind], white)}"' if white else f'style="fill:var(--{kind})"')
-        + f' stroke="{ON_BAR}"/>'
-        for lane, kind in enumerate(kinds)
+def _swatch(kinds: Sequence[str]) -> str:
+    """A small bar; of several kinds one above the other."""
+    tall = 14 / len(kinds)
+    lanes = "".join(
+        _lane(f'style="fill:var(--{kind})"', tall * lane, tall) for lane, kind in enumerate(kinds)
     )
     path = _HATCH_PATHS.get(kinds[0], "") if len(kinds) == 1 else ""
-    hatch = f'<path d="{path}" stroke="#fff" stroke-opacity="0.6"/>' if path else ""
-    return f'<svg viewBox="0 0 26 14" aria-hidden="true">{parts}{hatch}</svg>'
+    hatch = f'<path class="bars" d="{path}" stroke="#fff" stroke-opacity="0.6"/>' if path else ""
+    return _drawing(lanes + hatch)
+
+
+def _lane(fill: str, top: float, tall: float) -> str:
+    return f'<rect y="{top:g}" width="26" height="{tall:g}" {fill} stroke="{ON_BAR}"/>'
+
+
+def _drawing(parts: str) -> str:
+    return f'<svg viewBox="0 0 26 14" aria-hidden="true">{parts}</svg>'
 
 
 def _table(result: Result, memories: Sequence[RankMemory], memory_unit: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, pairwise
 
@@ -27,6 +28,9 @@ def page_data(
     idle before it and its duration, from which starts and ends follow exactly.
     An action is op + 4 * (stage + stages * micro-batch), with ops numbered in the order F B I W;
     a pair is two numbers, -1 - its forward, and its backward.
+
+    Raises:
+        ValueError: times or sizes are so small that 10 to the power of their decimals is infinite.
     """
     makespan = result.makespan
     decimals = _decimals(chain(result.starts, result.ends), makespan)
@@ -41,6 +45,7 @@ def page_data(
     return {
         "ranks": result.ranks,
         "stages": result.stages,
+        "microbatches": result.microbatches,
         "unit": result.costs.unit,
         "memory_unit": memory_unit,
         "tick": 10.0**-decimals,
@@ -71,6 +76,11 @@ def page_data(
 def _decimals(values: Iterable[float], most: float) -> int:
     """How many decimals give all values, to the last of _DIGITS digits of the largest at worst."""
     limit = max(0, _DIGITS - 1 - math.floor(math.log10(most))) if most > 0 else 0
+    if limit > sys.float_info.max_10_exp:
+        raise ValueError(
+            f"a page counts in whole parts of a unit, and {most:.6g} is too small to be so many of "
+            "them; multiply all times and sizes by one number"
+        )
     distinct = set(values)
     decimals = 0
     while decimals < limit:

@@ -8,6 +8,7 @@ function draw() {
   ctx.beginPath();
   ctx.rect(LEFT, 0, plotWidth(), y(data.ranks));
   ctx.clip();
+  ctx.font = "10px system-ui, sans-serif";
   drawRows();
   for (const part of data.finish) drawFinish(part);
   if (state.messages) drawMessages();
@@ -54,9 +55,10 @@ function visible(rank) {
 function drawRows() {
   const rows = Array.from({ length: data.ranks }, (_, rank) => visible(rank));
   const count = rows.reduce((sum, [low, high]) => sum + high - low, 0);
-  // Bars of less than some four pixels are averaged, not drawn.
-  const dense = count > 0.25 * plotWidth() * data.ranks;
-  if (dense) drawDense(rows);
+  // Bars of less than some four pixels are stacked, not drawn.
+  const stacked = count > 0.25 * plotWidth() * data.ranks;
+  legend.classList.toggle("stacked", stacked);
+  if (stacked) rows.forEach((_, rank) => drawStacks(rank));
   else rows.forEach(([low, high], rank) => drawRow(rank, low, high));
 }
 
@@ -68,39 +70,79 @@ function drawRow(rank, low, high) {
     const left = x(starts[step]), wide = x(ends[step]) - left;
     if (wide < 1 && Math.floor(left) === last) continue;
     last = Math.floor(left);
-    if (second[step] < 0) drawBox(first[step], left, top, wide, tall);
-    else {
-      drawBox(first[step], left, top, wide, tall / 2);
-      drawBox(second[step], left, top + tall / 2, wide, tall / 2);
-    }
+    const lane = second[step] < 0 ? tall : tall / 2;
+    drawBox(step, first[step], left, top, wide, lane);
+    if (second[step] >= 0) drawBox(step, second[step], left, top + lane, wide, lane);
     if (state.phases) drawPhases(step, top + tall, state.row * 0.8 * 0.3, wide);
   }
 }
 
-function drawBox(action, left, top, wide, tall) {
-  bar(paint.ops[opOf(action)][shadeOf(action)], paint.hatches[opOf(action)], left, top, wide, tall);
-  const text = [nameOf(action), String(microbatchOf(action))].find((t) => wide > 6.4 * t.length + 3);
-  if (text && tall >= 10) label(text, left, top, wide, tall);
+function drawBox(step, action, left, top, wide, tall) {
+  const op = opOf(action), shade = shadeOf(action);
+  bar(paint.ops[op][shade], paint.hatches[op] && paint.hatches[op][shade], left, top, wide, tall);
+  const micro = DIGITS(data.microbatches), full = `${DIGITS(data.stages)}W${micro}`;
+  if (formOf(narrowest, full)) label(nameOf(action), full, left, top, wide, tall);
+  else if (formOf(narrow[classOf(step)], micro)) label(String(microbatchOf(action)), micro, left, top, wide, tall);
+}
+
+// ---- labels ----
+// All steps have one form of label at a time; a class of bars has it if its widest label fits, or
+// none of them has one.
+
+const DIGITS = (count) => "8".repeat(String(count - 1).length);
+const lengths = new Map();
+
+function lengthOf(text) {
+  if (!lengths.has(text)) lengths.set(text, ctx.measureText(text).width + 2);
+  return lengths.get(text);
+}
+
+// The first of `forms`, each the widest label of its kind, that fits into a bar of `time`.
+function formOf(time, ...forms) {
+  const wide = (time / (state.to - state.from)) * plotWidth();
+  return forms.find((form) => lengthOf(form) <= wide);
+}
+
+function classOf(step) {
+  return second[step] < 0 ? opOf(first[step]) : OPS.length;
+}
+
+// Per class of steps, a time that nine of ten have; the same of phases and of what follows a row.
+const narrow = Array.from({ length: OPS.length + 1 }, () => []);
+for (let step = 0; step < numSteps; step++) {
+  if (ends[step] > starts[step]) narrow[classOf(step)].push(ends[step] - starts[step]);
+}
+narrow.forEach((times, of) => { narrow[of] = tenth(times); });
+const narrowest = Math.min(...narrow.filter((time) => time > 0));
+const narrowPhases = data.phases && data.phases.names.map((_, name) => tenth(
+  Object.values(data.phases.shapes).flat().filter((p) => p[0] === name).map((p) => p[4] - p[3])));
+const narrowFinish = FINISH.map((_, kind) => tenth(
+  data.finish.filter((f) => f[1] === kind).map((f) => f[4] - f[3])));
+
+function tenth(times) {
+  return Float64Array.from(times).sort()[Math.floor(times.length / 10)];
 }
 
 function bar(colour, pattern, left, top, wide, tall) {
   ctx.fillStyle = colour;
   ctx.fillRect(left, top, Math.max(wide, 0.5), tall);
-  if (pattern && wide >= 5 && tall >= 6) {
+  if (pattern && wide >= 2.5 && tall >= 5) {
     ctx.fillStyle = pattern;
     ctx.fillRect(left, top, wide, tall);
   }
-  if (wide >= 4) {
+  if (wide >= 2.5) {
     ctx.strokeStyle = paint.edge;
     ctx.lineWidth = 0.5;
     ctx.strokeRect(left, top, wide, tall);
   }
 }
 
-function label(text, left, top, wide, tall) {
-  ctx.fillStyle = data.on_bar;
+// `widest` is the widest label of the form that `text` has.
+function label(text, widest, left, top, wide, tall) {
   // Of a bar that begins or ends outside, in the middle of what is seen.
-  const [from, to] = [Math.max(left, LEFT), Math.min(left + wide, state.width)];
+  const [from, to] = [Math.max(left, LEFT), Math.min(left + wide, LEFT + plotWidth())];
+  if (tall < 10 || lengthOf(widest) > to - from) return;
+  ctx.fillStyle = data.on_bar;
   ctx.fillText(text, (from + to) / 2, top + tall / 2 + 0.5);
 }
 
@@ -115,8 +157,10 @@ function drawPhases(step, top, tall, wide) {
     const isWeight = names[name].endsWith("(W)"), isForward = names[name].endsWith("(F)");
     const op = isForward ? 0 : isWeight ? 3 : second[step] < 0 && opOf(first[step]) === 2 ? 2 : 1;
     bar(paint.ops[op][lane ? paint.ops[op].length - 1 : 0], null, left, top + lane * tall, across, tall);
-    const text = [`${names[name]} layer ${layer}`, names[name]].find((t) => across > 6.2 * t.length + 4);
-    if (text && tall >= 10) label(text, left, top + lane * tall, across, tall);
+    const full = `${names[name]} layer ${DIGITS(Math.max(...layers))}`;
+    const form = formOf(narrowPhases[name], full, names[name]);
+    const text = form === full ? `${names[name]} layer ${layer}` : names[name];
+    if (form) label(text, form, left, top + lane * tall, across, tall);
   }
 }
 
@@ -126,47 +170,45 @@ function shapeOf(step, layers) {
   return opOf(first[step]) === 0 ? `F ${count} 0` : `${OPS[opOf(first[step])]} 0 ${count}`;
 }
 
-// One line of pixels a lane, in which a pixel has what runs then in their shares of its time.
-function drawDense(rows) {
-  const wide = canvas.width - Math.round((LEFT + 10) * canvas.width / state.width);
-  const image = ctx.createImageData(wide, 2 * data.ranks);
-  const scale = wide / (state.to - state.from);
-  const colours = paint.ops.map((row) => row.map((text) => text.match(/\d+/g).map(Number)));
-  const mix = new Float32Array(4 * wide);
-  rows.forEach(([low, high], rank) => {
-    for (const lane of [0, 1]) {
-      mix.fill(0);
-      for (let step = low; step < high; step++) {
-        const action = lane && second[step] >= 0 ? second[step] : first[step];
-        spread(mix, wide, (starts[step] - state.from) * scale, (ends[step] - state.from) * scale,
-          colours[opOf(action)][shadeOf(action)]);
-      }
-      const offset = 4 * wide * (2 * rank + lane);
-      for (let at = 0; at < 4 * wide; at += 4) {
-        const share = mix[at + 3];
-        for (let c = 0; c < 3; c++) image.data[offset + at + c] = share ? mix[at + c] / share : 0;
-        image.data[offset + at + 3] = 255 * share;
-      }
-    }
-  });
-  const sheet = document.createElement("canvas");
-  sheet.width = wide;
-  sheet.height = 2 * data.ranks;
-  sheet.getContext("2d").putImageData(image, 0, 0);
-  ctx.imageSmoothingEnabled = false;
-  const tall = state.row * 0.8 * (state.phases ? 0.4 : 1);
-  for (let rank = 0; rank < data.ranks; rank++) {
-    ctx.drawImage(sheet, 0, 2 * rank, wide, 2, LEFT, y(rank) + state.row * 0.1, plotWidth(), tall);
-  }
-}
+// Columns that stack the shares of their time: F from above, the others from below. A mix of their
+// colours would be the colour of none. Columns stay where they are in time when the view moves.
+const COLUMN = 8; // pixels, or up to twice as much
+const STACK = [3, 2, 1]; // of OPS
 
-function spread(mix, wide, from, to, colour) {
-  from = Math.max(0, from);
-  to = Math.min(wide, to);
-  for (let column = Math.floor(from); column < to; column++) {
-    const share = Math.min(to, column + 1) - Math.max(from, column);
-    for (let c = 0; c < 3; c++) mix[4 * column + c] += share * colour[c];
-    mix[4 * column + 3] += share;
+function drawStacks(rank) {
+  const least = (COLUMN / plotWidth()) * (state.to - state.from);
+  const width = data.makespan / 2 ** Math.floor(Math.log2(data.makespan / least));
+  const from = Math.floor(state.from / width), columns = Math.ceil(state.to / width) - from;
+  const share = new Float64Array(OPS.length * columns);
+  const add = (op, start, end, weight) => {
+    start = Math.max(0, start / width - from);
+    end = Math.min(columns, end / width - from);
+    for (let column = Math.floor(start); column < end; column++) {
+      share[OPS.length * column + op] += weight * (Math.min(end, column + 1) - Math.max(start, column));
+    }
+  };
+  // Also of what is outside of the view, in the columns at its ends.
+  const low = upperBound(ends, from * width, data.first[rank], data.first[rank + 1]);
+  for (let step = low; step < data.first[rank + 1] && starts[step] < (from + columns) * width; step++) {
+    const weight = second[step] < 0 ? 1 : 0.5;
+    add(opOf(first[step]), starts[step], ends[step], weight);
+    if (second[step] >= 0) add(opOf(second[step]), starts[step], ends[step], weight);
+  }
+  const ratio = canvas.width / state.width, snap = (at) => Math.round(at * ratio) / ratio;
+  const top = snap(y(rank) + state.row * 0.1), tall = snap(state.row * 0.8 * (state.phases ? 0.4 : 1));
+  for (let column = 0; column < columns; column++) {
+    const left = snap(x((from + column) * width));
+    const wide = snap(x((from + column + 1) * width)) - left;
+    let sum = 0, floor = top + tall;
+    for (const op of STACK) {
+      sum += share[OPS.length * column + op];
+      const upto = snap(top + tall * (1 - sum));
+      ctx.fillStyle = paint.ops[op][0];
+      ctx.fillRect(left, upto, wide, floor - upto);
+      floor = upto;
+    }
+    ctx.fillStyle = paint.ops[0][0];
+    ctx.fillRect(left, top, wide, floor - snap(top + tall * (1 - sum - share[OPS.length * column])));
   }
 }
 
@@ -174,8 +216,10 @@ function drawFinish([rank, kind, stage, start, end]) {
   if (end < state.from || start > state.to) return;
   const left = x(start), wide = x(end) - left;
   bar(paint.finish[kind], null, left, y(rank) + state.row * 0.1, wide, state.row * 0.8);
-  const text = [`${FINISH[kind]} ${stage}`, `${stage}`].find((t) => wide > 6 * t.length + 4);
-  if (text && state.row >= 12) label(text, left, y(rank), wide, state.row);
+  const number = DIGITS(data.stages), full = `${FINISH[kind]} ${number}`;
+  const form = formOf(narrowFinish[kind], full, number);
+  const text = form === full ? `${FINISH[kind]} ${stage}` : String(stage);
+  if (form) label(text, form, left, y(rank), wide, state.row);
 }
 
 function messageLine(m) {

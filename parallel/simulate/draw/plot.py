@@ -36,8 +36,8 @@ _MOST_DRAWN = 12_000  # steps; more are painted
 _NUMBERED_PT = 6.2  # what a bar should have for its number
 _NARROWEST_PT = 2.2  # what half of the bars must have to be drawn: two lines of a hatch
 _DPI, _PAINTED_DPI = 200, 240
-_STEPS_A_COLUMN = 12.0  # of a painted rank; with fewer, shares jump from column to column
-_FEWEST_COLUMNS = 64
+_STEPS_A_COLUMN = 12.0  # narrow ones, painted; with fewer, shares jump from column to column
+_COLUMNS = (128, 1024)  # at least and at most
 _EDGE, _FINE_EDGE = 0.5, 0.25  # lines around bars, in points
 _EDGED_PT = 4.0  # what half of the bars must have for the first
 _SIZES_PT = (7.0, 4.2)  # of micro-batch numbers, largest and smallest
@@ -77,7 +77,7 @@ def draw(result: Result, memories: Sequence[RankMemory], *, memory_unit: str = "
         _draw_bars(steps, result, _EDGE if typical_pt >= _EDGED_PT else _FINE_EDGE)
         _draw_numbers(steps, result, scale, row_in * 72 * ROW)
     else:
-        _draw_painted(steps, result, len(widths) / result.ranks)
+        _draw_painted(steps, result, widths[len(widths) // 10])
     _style_steps(steps, result, row_in * 72)
     draw_memory(held, result, memories, memory_unit)
     draw_legend(figure, result, keys, drawn=drawn)
@@ -189,9 +189,10 @@ def _draw_numbers(axes: Axes, result: Result, scale: float, bar_pt: float) -> No
                 )
 
 
-def _draw_painted(axes: Axes, result: Result, steps_a_rank: float) -> None:
+def _draw_painted(axes: Axes, result: Result, narrow: float) -> None:
+    wanted = round(result.makespan / (_STEPS_A_COLUMN * narrow))
     axes.imshow(
-        paint(result, max(_FEWEST_COLUMNS, round(steps_a_rank / _STEPS_A_COLUMN))),
+        paint(result, max(_COLUMNS[0], min(_COLUMNS[1], wanted))),
         extent=(0, result.makespan, result.ranks - 0.5, -0.5),
         aspect="auto",
         interpolation="nearest",  # others mix colours

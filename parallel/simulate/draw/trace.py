@@ -11,6 +11,7 @@ whole nanoseconds and exact in binary: so no bar overlaps the next by a rounding
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias, cast
@@ -38,6 +39,7 @@ def save_trace(
     """Save `trace` as JSON.
 
     Raises:
+        ValueError: as of `trace`.
         OSError: the file cannot be written.
     """
     made = trace(result, memories, memory_unit=memory_unit)
@@ -53,8 +55,17 @@ def trace(
         result: the simulated step.
         memories: what each rank holds, of the same result.
         memory_unit: `Memory.unit` of what the memories were made from.
+
+    Raises:
+        ValueError: the step takes more microseconds than a number can hold.
     """
     clock = _Clock(result.costs.unit)
+    if not math.isfinite(result.makespan * clock.microseconds * _PARTS):
+        raise ValueError(
+            f"a trace counts microseconds, and a makespan of {result.makespan:.6g} "
+            f"{result.costs.unit or 'ms'} is more of them than a number can hold; "
+            "divide all times of the costs by one number"
+        )
     sending = _sending(result, clock)
     events = [
         *_steps(result, clock),
