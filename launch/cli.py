@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from counterflow import __version__  # the root package is no room, so no relative import finds it
 
-from .simulate_command import add_arguments as add_simulate_arguments
+from .simulate_options import add_arguments as add_simulate_arguments
 
 if TYPE_CHECKING:
     from .config import Config
@@ -71,6 +71,7 @@ def _parser() -> _Parser:
         "simulate", help="what a pipeline schedule costs, on any machine", allow_abbrev=False
     )
     add_simulate_arguments(simulate)
+    simulate.set_defaults(run=_simulate)
 
     report = commands.add_parser("report", help="write the report of a run again")
     report.add_argument("folder", metavar="runs/NAME")
@@ -205,6 +206,12 @@ def _train_help() -> str:
         lines.append(f"  --{row.key} = {row.default}" if row.default else f"  --{row.key}")
         lines.append(f"      {row.type}: {row.doc}")
     return "\n".join(lines)
+
+
+def _simulate(parsed: argparse.Namespace) -> int:
+    from .simulate_command import run
+
+    return run(parsed)
 
 
 def _report(parsed: argparse.Namespace) -> int:

@@ -140,7 +140,8 @@ def _compared(options: Options, tell: Callable[[str], None]) -> Answer:
         tell(chosen)
         also[chosen], found = _schedule(options)
         ranks, microbatches = also[chosen].num_ranks, also[chosen].num_microbatches
-    check_number(ranks, 3 * ranks * microbatches)
+    stages = ranks * max(2, options.stages_per_rank or 0)  # most that a named one has
+    check_number(stages, 3 * stages * microbatches)
     comparison = compare(
         ranks,
         microbatches,

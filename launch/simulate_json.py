@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..parallel.simulate import critical_path, idle_by_cause
+from ..parallel.simulate import critical_path, idle_by_cause, waits
 from ..parallel.simulate.analysis import FinishLink, Link, StepLink
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ def to_json(answer: Answer) -> dict[str, object]:
     result = answer.result
     shown = {
         **result.to_json(),
+        "schedule": answer.name,
         "unit": result.costs.unit,
         "idle_by_cause": [
             {
@@ -26,6 +27,20 @@ def to_json(answer: Answer) -> dict[str, object]:
                 "end": idle.end,
             }
             for idle in idle_by_cause(result)
+        ],
+        "waits": [
+            [
+                {
+                    "step": str(wait.step),
+                    "start": wait.start,
+                    "end": wait.end,
+                    "action": str(wait.action),
+                    "source": wait.source,
+                    "travelling": wait.travelling,
+                }
+                for wait in row
+            ]
+            for row in waits(result)
         ],
         "critical_path": [_link(link) for link in critical_path(result)],
         "steps": [[[str(s.step), s.start, s.end] for s in row] for row in result.spans],
@@ -54,6 +69,9 @@ def to_json(answer: Answer) -> dict[str, object]:
         ],
         "memory_unit": answer.memory_unit,
     }
+    if answer.of_model:
+        shown["model_peak_activations"] = [n * answer.chunk for n in result.peak_activations]
+        shown["model_peak_chunks"] = [n * answer.chunk for n in result.peak_chunks]
     if answer.comparison is not None:
         shown |= answer.comparison.to_json()
     if answer.found is not None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from ..parallel.simulate import Idle, Result, idle_by_cause
 from ..parallel.simulate.compare import REFERENCE, Comparison, Entry
-from ..parallel.simulate.draw.text import Timeline, timeline
+from ..parallel.simulate.draw.text import MIXED, Timeline, timeline
+from .outputs import Output
 from .tables import Table, print_table, widest_that_fits
 
 if TYPE_CHECKING:
@@ -33,24 +34,11 @@ _STYLES = {
     "mirror": "reverse",
     "optimizer": "reverse",
     "idle": "dim",
+    MIXED: "bold",
 }
-_PEAK = "peak activations"
-_HELD = "held to W"
-# Heads of columns where there is little room, and which ones go first where there is less.
-_SHORT = {
-    _PEAK: "peak",
-    _HELD: "to W",
-    "rolling bubble": "rolling",
-    "idle per rank": "idle",
-    "parameter copies": "copies",
-}
-_FIRST_TO_GO = (
-    "rolling bubble",
-    "stages",
-    "idle per rank",
-    "parameter copies",
-    f"vs {REFERENCE}",
-)
+_TO_W = "to W"
+# Columns of a comparison that go, one after the other, where there is too little room.
+_FIRST_TO_GO = ("rolling", "stages", "idle", "copies", f"vs {REFERENCE}", _TO_W, "bubble", "peak")
 # Bubble rates nearer than this print the same.
 _SAME_RATE = 5e-5
 
@@ -62,20 +50,54 @@ def print_answer(answer: Answer) -> None:
     _print_timeline(timeline(result, columns), columns)
     _print_ranks(answer)
     unit = f" {result.costs.unit}".rstrip()
-    print(
-        f"makespan {result.makespan:g}{unit}   bubble rate {result.bubble_rate:.4f}   stages "
-        f"{result.stages}   copies of a stage's parameters {result.parameter_copies}"
-    )
+    parts = [
+        f"makespan {result.makespan:g}{unit}",
+        f"bubble rate {result.bubble_rate:.4f}",
+        f"stages {result.stages}",
+        f"copies of a stage's parameters {result.parameter_copies}",
+    ]
+    print(_in_lines(parts, columns))
     if abs(result.rolling_bubble_rate - result.bubble_rate) > _SAME_RATE:
-        print(
+        rolling = (
             f"steps that follow without a barrier: {result.rolling_makespan:g}{unit} each, bubble "
             f"rate {result.rolling_bubble_rate:.4f}"
         )
+        print(textwrap.fill(rolling, columns))
     if answer.found is not None:
         print(textwrap.fill(_about_search(answer.found), columns))
+        if answer.comparison is None:
+            print(textwrap.fill(_about_model(answer), columns))
     if answer.comparison is not None:
         print()
         _print_comparison(answer, answer.comparison, columns)
+
+
+def print_written(answer: Answer, outputs: Sequence[Output]) -> None:
+    """Say what was written, and how to simulate a written schedule with the same model."""
+    result = answer.result
+    columns = shutil.get_terminal_size().columns
+    for output in outputs:
+        print(f"wrote {output.path}")
+    schedules = [output.path for output in outputs if output.flag in ("--csv", "--text")]
+    if schedules and answer.of_model and result.stages != result.ranks:
+        hint = (
+            f"alone, its costs are of one of its {result.stages} stages; --schedule "
+            f"{schedules[0]} --compare takes them, as here, of the model cut in {result.ranks}"
+        )
+        # A path stays whole, to be copied.
+        print(textwrap.fill(hint, columns, break_long_words=False, break_on_hyphens=False))
+
+
+def _in_lines(parts: Sequence[str], columns: int) -> str:
+    """The parts side by side, in as few lines as there is room for."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        longer = f"{lines[-1]}   {part}"
+        if len(longer) <= columns:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    return "\n".join(lines)
 
 
 def _print_timeline(drawn: Timeline, columns: int) -> None:
@@ -105,23 +127,24 @@ def _print_ranks(answer: Answer) -> None:
         "busy": lambda rank: f"{result.busy[rank]:g}",
         "idle": lambda rank: f"{idle[rank]:g}",
         "waits most for": _waits(result),
-        _PEAK: lambda rank: str(result.peak_activations[rank]),
+        "peak activations": lambda rank: f"{result.peak_activations[rank] * answer.chunk:g}",
+        _TO_W: lambda rank: f"{result.peak_chunks[rank] * answer.chunk:g}",
         **{kind: lambda rank, k=kind: str(result.op_counts[rank][k]) for kind in kinds},
     }
+    if not answer.limited and max(result.peak_chunks) <= max(result.peak_activations):
+        del cells[_TO_W]
     if answer.memory is not None:
         cells["peak memory"] = lambda rank: f"{answer.memories[rank].peak:g}"
 
-    def table(short: bool, *left_out: str) -> Table:
+    def table(*left_out: str) -> Table:
         shown = {name: cell for name, cell in cells.items() if name not in left_out}
         body = [[cell(rank) for cell in shown.values()] for rank in range(result.ranks)]
-        head = ["peak act." if short and name == _PEAK else name for name in shown]
-        return head, body
+        return list(shown), body
 
     waits = "waits most for"
-    head, body = widest_that_fits(
-        [table(False), table(True), table(True, waits), table(True, waits, *kinds)]
-    )
-    print_table(f"{result.schedule}: {_about(answer)}", head, body)
+    tables = [table(), table(waits), table(waits, *kinds), table(waits, *kinds, _TO_W)]
+    head, body = widest_that_fits(tables)
+    print_table(f"{answer.name}: {_about(answer)}", head, body)
 
 
 def _about_search(found: SearchResult) -> str:
@@ -137,6 +160,16 @@ def _about_search(found: SearchResult) -> str:
         f"search: {found.makespan:g}, the best of {found.tried} schedules ({found.found}), "
         f"{above}; {named}"
     )
+
+
+def _about_model(answer: Answer) -> str:
+    """What costs, activations and the limit of a search are of."""
+    ranks, stages = answer.result.ranks, answer.result.stages
+    what = "costs, activations and the limit" if answer.limited else "costs and activations"
+    note = f"{what} are of the model cut in {ranks} stages"
+    if stages != ranks:
+        note += f", each of which this schedule cuts in {stages // ranks}"
+    return note + (f"; the limit is that of activations {_TO_W}" if answer.limited else "")
 
 
 def _about(answer: Answer) -> str:
@@ -169,17 +202,18 @@ def _causes(idle: Idle) -> dict[str, float]:
 
 def _print_comparison(answer: Answer, comparison: Comparison, columns: int) -> None:
     entries = comparison.entries
-    tables = [_comparison_table(answer, comparison, False)]
-    for count in range(len(_FIRST_TO_GO) + 1):
-        without = _FIRST_TO_GO[:count]
-        tables.append(_comparison_table(answer, comparison, True, *without))
-    head, body = widest_that_fits(tables)
+    head, body = widest_that_fits(
+        [
+            _comparison_table(answer, comparison, *_FIRST_TO_GO[:count])
+            for count in range(len(_FIRST_TO_GO) + 1)
+        ]
+    )
     print_table(_about(answer), head, body, names=1)
     ranks = answer.result.ranks
     notes = f"* shortest, > drawn above; activations in chunks of one of {ranks} stages"
     if _weights_hold(comparison):
-        notes += ", until I or, to W, until W"
-    if any(entry.result.stages != ranks for entry in entries):
+        notes += f", peak until I, {_TO_W} until W"
+    if any(entry.stages != ranks for entry in entries):
         notes += f"; costs are of the model cut in {ranks} stages, which others cut further"
     lines = [notes]
     for name, reason in comparison.missing:
@@ -193,13 +227,13 @@ def _weights_hold(comparison: Comparison) -> bool:
     return any(max(entry.held) > max(entry.chunks) for entry in comparison.entries)
 
 
-def _comparison_table(answer: Answer, comparison: Comparison, short: bool, *left_out: str) -> Table:
+def _comparison_table(answer: Answer, comparison: Comparison, *left_out: str) -> Table:
     reference = comparison.reference
-    shortest = comparison.entries[0].result.makespan
+    shortest = comparison.entries[0].makespan
 
     def marked(entry: Entry) -> str:
         chosen = ">" if entry.name == answer.name else " "
-        best = "*" if math.isclose(entry.result.makespan, shortest) else " "
+        best = "*" if math.isclose(entry.makespan, shortest) else " "
         return f"{chosen}{best}{entry.name}"
 
     def spread(numbers: Sequence[float]) -> str:
@@ -208,22 +242,21 @@ def _comparison_table(answer: Answer, comparison: Comparison, short: bool, *left
 
     cells: dict[str, Callable[[Entry], str]] = {
         "schedule": marked,
-        "stages": lambda e: str(e.result.stages),
-        "makespan": lambda e: f"{e.result.makespan:g}",
+        "stages": lambda e: str(e.stages),
+        "makespan": lambda e: f"{e.makespan:g}",
     }
     if reference is not None:
-        cells[f"vs {REFERENCE}"] = lambda e: f"{e.result.makespan / reference:.3f}"
-    cells["bubble"] = lambda e: f"{e.result.bubble_rate:.4f}"
-    results = [entry.result for entry in comparison.entries]
-    if any(abs(r.rolling_bubble_rate - r.bubble_rate) > _SAME_RATE for r in results):
-        cells["rolling bubble"] = lambda e: f"{e.result.rolling_bubble_rate:.4f}"
-    cells["idle per rank"] = lambda e: spread(e.result.idle)
-    cells[_PEAK] = lambda e: f"{max(e.chunks):g}"
+        cells[f"vs {REFERENCE}"] = lambda e: f"{e.makespan / reference:.3f}"
+    cells["bubble"] = lambda e: f"{e.bubble_rate:.4f}"
+    if any(abs(e.rolling_bubble_rate - e.bubble_rate) > _SAME_RATE for e in comparison.entries):
+        cells["rolling"] = lambda e: f"{e.rolling_bubble_rate:.4f}"
+    cells["idle"] = lambda e: spread(e.idle)
+    cells["peak"] = lambda e: f"{max(e.chunks):g}"
     if _weights_hold(comparison):
-        cells[_HELD] = lambda e: f"{max(e.held):g}"
-    cells["parameter copies"] = lambda e: str(e.result.parameter_copies)
+        cells[_TO_W] = lambda e: f"{max(e.held):g}"
+    cells["copies"] = lambda e: str(e.parameter_copies)
     if answer.memory is not None:
-        cells["peak memory"] = lambda e: f"{max(m.peak for m in e.memories):.4g}"
+        cells["peak memory"] = lambda e: f"{max(e.peak_memory):.4g}"
     shown = {name: cell for name, cell in cells.items() if name not in left_out}
     body = [[cell(entry) for cell in shown.values()] for entry in comparison.entries]
-    return [_SHORT.get(name, name) if short else name for name in shown], body
+    return list(shown), body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import textwrap
 from collections.abc import Sequence
 
 # Spaces between columns.
@@ -22,7 +23,7 @@ def print_table(
         body: its rows.
         names: so many first columns hold names and stand to the left, the others to the right.
     """
-    print(title)
+    print(textwrap.fill(title, shutil.get_terminal_size().columns))
     try:
         from rich.console import Console
         from rich.table import Table

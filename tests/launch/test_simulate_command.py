@@ -6,7 +6,9 @@ import pty
 import re
 import subprocess
 import sys
+import threading
 import tomllib
+from collections.abc import Iterator
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from counterflow.launch import simulate_progress
 from counterflow.launch.cli import main
 from counterflow.launch.outputs import write_whole
 from counterflow.launch.tables import print_table
@@ -22,7 +25,15 @@ from counterflow.parallel.simulate import Costs, Memory, Phases, simulate
 from counterflow.parallel.simulate.cost_file import load_costs
 from counterflow.parallel.simulate.phases import NAMES
 
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow machine says nothing on stderr, which the tests look at."""
+    monkeypatch.setattr(simulate_progress, "AFTER_S", 3600.0)
+
+
 SIZES = ("--ranks", "4", "--microbatches", "8")
+_UNIT = "chunks of 1/4 model"
 PAIR = ("--costs", "F=1,I=1,W=1,pair=3,send=0")
 
 
@@ -102,15 +113,34 @@ def test_text_has_the_drawing_the_table_and_the_makespan(
     )
 
 
-@pytest.mark.parametrize("columns", [50, 60, 80, 100, 160])
-def test_no_table_is_cut_whatever_the_width(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+@pytest.mark.parametrize("columns", [40, 50, 60, 80, 100, 160])
+@pytest.mark.parametrize("schedule", ["zbv", "search"])
+def test_every_line_keeps_the_width_and_no_table_is_cut(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    columns: int,
+    schedule: str,
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    text = shown(capsys, *SIZES, *PAIR, "--compare")
+    text = shown(capsys, "--schedule", schedule, *SIZES, *PAIR, "--compare")
     assert "…" not in text
-    widths = [len(line) for line in text.splitlines() if not line.startswith(("makespan", "steps"))]
-    assert max(widths) <= columns
+    assert max(map(len, text.splitlines())) <= columns
+
+
+def test_the_columns_of_a_comparison_have_the_documented_names_at_every_width(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Shorter times of B than of I and W: some schedules hold more until W than until I.
+    text = "F = 1\nI = 1\nW = 1\nB = 1\n[memory]\nweights = 1\n"
+    costs = ("--costs", written(tmp_path, "costs.toml", text))
+    documented = re.findall(r"^\| ([\w ]+?) \| .*$", _DOCS.partition("## Look into")[0], re.M)
+    for columns in (40, 80, 120, 160, 300):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = shown(capsys, *SIZES, *costs, "--compare").splitlines()
+        (head,) = (line for line in lines if line.startswith("schedule "))
+        names_shown = [name.strip() for name in re.split(r" {2,}", head)]
+        assert set(names_shown) - {"schedule", "stages"} <= set(documented)
+        assert ("rolling" in names_shown) == (columns >= 120)
 
 
 def test_a_terminal_gets_colours_and_a_pipe_none() -> None:
@@ -180,6 +210,9 @@ def test_a_file_is_compared_under_its_path(
     found = printed(capsys, "--schedule", file, *PAIR, "--compare")
     rows = {row["schedule"]: row["makespan"] for row in found["schedules"]}
     assert rows[file] == rows["dualpipe"] == found["makespan"] == 26
+    assert found["schedule"] == file
+    # One name for it, above both tables.
+    assert f"{file}: 4 ranks" in shown(capsys, "--schedule", file, "--compare").replace("\n", " ")
 
 
 def test_a_search_is_at_least_as_good_as_every_name(capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,9 +221,94 @@ def test_a_search_is_at_least_as_good_as_every_name(capsys: pytest.CaptureFixtur
     assert found["makespan"] <= min(row["makespan"] for row in found["schedules"])
     assert found["search"]["lower_bound"] <= found["makespan"]
     limited = printed(capsys, "--schedule", "search", *SIZES, "--memory-limit", "3")
-    share = 4 / limited["stages"]
-    assert max(limited["peak_chunks"]) * share <= 3
+    assert max(limited["model_peak_chunks"]) <= 3
     assert "the best named schedule" in shown(capsys, *arguments).replace("\n", " ")
+
+
+def test_a_search_speaks_in_the_unit_of_its_limit(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    arguments = ("--schedule", "search", *SIZES, "--memory-limit", "2")
+    found = printed(capsys, *arguments)
+    share = 4 / found["stages"]
+    assert share < 1
+    assert found["model_peak_chunks"] == [share * peak for peak in found["peak_chunks"]]
+    assert found["memory_unit"] == "chunks of 1/4 model"
+    assert [memory["peak"] for memory in found["memory"]] == found["model_peak_chunks"]
+    file = tmp_path / "found.csv"
+    lines = shown(capsys, *arguments, "--csv", str(file)).splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("rank  busy"))
+    columns = re.split(r" {2,}", lines[head])
+    row = re.split(r" {2,}", lines[head + 1].strip())
+    assert float(row[columns.index("to W")]) == found["model_peak_chunks"][0] <= 2
+    assert any("costs, activations and the limit are of the model cut in 4" in x for x in lines)
+    assert f"--schedule {file} --compare takes them, as here, of the model cut in 4" in lines[-1]
+    # And so it does: alone, each of its stages would cost as much as one of four.
+    again = printed(capsys, "--schedule", str(file), "--compare")
+    assert again["makespan"] == found["makespan"]
+    assert printed(capsys, "--schedule", str(file))["makespan"] == found["makespan"] / share
+
+
+def test_limits_of_a_search_go_by_rank_and_by_copies(capsys: pytest.CaptureFixture[str]) -> None:
+    limits = (2, 3, 3, 4)
+    text = "/".join(map(str, limits))
+    found = printed(capsys, "--schedule", "search", *SIZES, "--memory-limit", text)
+    held = found["model_peak_chunks"]
+    assert all(peak <= limit for peak, limit in zip(held, limits, strict=True))
+    costs = ("--ranks", "4", "--microbatches", "12", "--costs", "pair=2.4")
+    two = printed(capsys, "--schedule", "search", *costs)
+    one = printed(capsys, "--schedule", "search", *costs, "--parameter-copies", "1")
+    assert two["search"]["best_named"] == "dualpipe"  # which has two copies
+    assert (one["search"]["best_named"], one["parameter_copies"]) == ("dualpipev", 1)
+
+
+def test_chunks_of_the_stages_and_of_the_model_have_different_names(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    alone = printed(capsys, "--schedule", "zbv", *SIZES)
+    assert alone["memory_unit"] == "chunks"
+    assert "model_peak_activations" not in alone
+    found = printed(capsys, "--schedule", "zbv", *SIZES, "--compare")
+    assert found["peak_activations"] == alone["peak_activations"] == [8] * 4
+    assert (found["model_peak_activations"], found["memory_unit"]) == ([4] * 4, _UNIT)
+    row = next(row for row in found["schedules"] if row["schedule"] == "zbv")
+    assert not {"peak_activations", "peak_chunks"} & set(row)
+    assert row["model_peak_activations"] == found["model_peak_activations"]
+    assert row["peak_memory"] == [memory["peak"] for memory in found["memory"]]
+
+
+def test_a_picture_of_a_comparison_names_the_unit_of_its_memory(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    page = tmp_path / "step.html"
+    shown(capsys, "--schedule", "zbv", *SIZES, "--compare", "--plot", str(page))
+    assert _UNIT in page.read_text(encoding="utf-8")
+
+
+def test_what_takes_long_says_so_where_no_terminal_is_looked_at(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = threading.Event()
+    say = simulate_progress.Progress._say
+
+    def say_and_tell(progress: simulate_progress.Progress) -> None:
+        say(progress)
+        said.set()
+
+    monkeypatch.setattr(simulate_progress, "AFTER_S", 0.0)
+    monkeypatch.setattr(simulate_progress.Progress, "_say", say_and_tell)
+    with simulate_progress.Progress() as progress:
+        progress.tell("zb-2p")
+        assert said.wait(60)
+    assert re.fullmatch(
+        "counterflow: simulating(, now at zb-2p)?; this takes a while\n", capsys.readouterr().err
+    )
+    said.clear()
+    assert main(["simulate", *SIZES, "--compare", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["makespan"] == 26
+    assert captured.err.count("\n") <= 1
 
 
 # Files
@@ -217,6 +335,16 @@ def test_the_schedule_is_written_and_read_back_without_sizes(
     assert text.endswith("wrote mine.csv\n")
     found = printed(capsys, "--schedule", "mine.csv")
     assert (found["schedule"], found["makespan"]) == ("mine", 26)
+
+
+def test_the_text_form_keeps_the_name_and_the_documented_one_is_what_is_written(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.txt"
+    shown(capsys, "--ranks", "2", "--microbatches", "4", "--text", str(file))
+    assert printed(capsys, "--schedule", str(file))["schedule"] == "dualpipe"
+    (example,) = re.findall(r"^```text\n(.*?)^```$", _DOCS, re.M | re.S)
+    assert file.read_text(encoding="utf-8") == example
 
 
 def test_pictures_and_traces_are_written_beside_the_json(
@@ -262,25 +390,46 @@ def test_a_link_stays_a_link_and_a_mode_a_mode(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         ((), "needs --ranks and --microbatches"),
-        (("--schedule", "search", "--ranks", "4"), "a search needs --ranks and --microbatches"),
-        (("--schedule", "dualpip", *SIZES), "did you mean 'dualpipe'?"),
-        (("--schedule", "dualpip", *SIZES, "--compare"), "did you mean 'dualpipe'?"),
+        (("--ranks", "8"), "schedule 'dualpipe' needs --microbatches"),
+        (("--microbatches", "8"), "schedule 'dualpipe' needs --ranks"),
+        (("--schedule", ""), "--schedule '': a name, a file, or search is needed"),
+        (("--schedule", "serch", *SIZES), "did you mean search?; known: gpipe, "),
+        (("--schedule", "serch", *SIZES), "dualpipev, search"),
+        (("--schedule", "search", "--ranks", "4"), "a search needs --microbatches"),
+        (("--schedule", "dualpip", *SIZES), "did you mean dualpipe?"),
+        (("--schedule", "dualpip", *SIZES, "--compare"), "did you mean dualpipe?"),
         (("--schedule", "no.csv"), "no.csv: no such schedule file"),
         (("--ranks", "0", "--microbatches", "8"), "--ranks must be a whole number from 1 up"),
         (("--ranks", "4", "--microbatches", "-8"), "--microbatches must be a whole number"),
-        (("--ranks", "5", "--microbatches", "20"), "use 6 ranks"),
-        ((*SIZES, "--costs", "F=-1"), "cost F=-1.0 must be finite and from 0 up"),
+        (("--ranks", "abc"), "--ranks must be a whole number from 1 up, got 'abc'"),
+        (("--ranks", "1.5"), "--ranks must be a whole number from 1 up, got '1.5'"),
+        (("--ranks", "0", "--costs", "G=1"), "unknown 'G'"),
+        (("--costs", "F=1,I=1"), "W missing"),
+        (("--ranks", "5", "--microbatches", "20"), "use 4 or 6 ranks"),
+        ((*SIZES, "--costs", "F=-1,I=1,W=1"), "cost F=-1.0 must be finite and from 0 up"),
         ((*SIZES, "--costs", "F=1,I="), "I='' is not a number"),
         ((*SIZES, "--costs", ""), "is not NAME=NUMBER"),
-        ((*SIZES, "--costs", "F=1/2/3"), "cost F is a list of 3, but there are 4 stages"),
-        ((*SIZES, "--costs", "F=1/2/3", "--compare"), "cost F is a list of 3"),
+        ((*SIZES, "--costs", "F=1/2/3,I=1,W=1"), "cost F is a list of 3, but there are 4 stages"),
+        ((*SIZES, "--costs", "F=1/2/3,I=1,W=1", "--compare"), "cost F is a list of 3"),
         ((*SIZES, "--costs", "no.toml"), "no.toml: no such file of costs"),
-        ((*SIZES, "--costs", "F=1e308"), "the costs are too large"),
+        ((*SIZES, "--costs", "F=1,I=1e306,W=1"), "cost I=1e+306 is too large"),
+        ((*SIZES, "--costs", "F=1,I=1,W=1e306", "--trace", "x.json"), "cost W=1e+306 is too large"),
+        ((*SIZES, "--costs", "message=1e200,bandwidth=1e-200"), "message / bandwidth=inf is too"),
+        ((*SIZES, "--costs", "F=1e-320,I=1e-320,W=1e-320"), "the costs are too small"),
         ((*SIZES, "--memory-limit", "4"), "--memory-limit goes with --schedule search"),
         (
             (*SIZES, "--schedule", "search", "--memory-limit", "nan"),
             "--memory-limit must be a number above 0",
         ),
+        (
+            (*SIZES, "--schedule", "search", "--memory-limit", "4/x/4/4"),
+            "--memory-limit must be a number above 0, or one a rank such as 4/4/4/6, got '4/x/4/4'",
+        ),
+        (
+            (*SIZES, "--schedule", "search", "--memory-limit", "4/4"),
+            "--memory-limit has 2 entries, but there are 4 ranks",
+        ),
+        ((*SIZES, "--parameter-copies", "1"), "--parameter-copies goes with --schedule search"),
         ((*SIZES, "--stages-per-rank", "2"), "how many stages a rank has is fixed"),
         ((*SIZES, "--schedule", "search", "--stages-per-rank", "2"), "goes with interleaved"),
         ((*SIZES, "--transfers", "fast"), "known: buffered, batched, in-order, blocking"),
@@ -325,14 +474,30 @@ def test_files_that_are_no_schedules_are_named_with_the_place(
     assert wrong == f"{fine}: the schedule in this file has 2 ranks, not 3"
 
 
-@pytest.mark.parametrize("flag", ["--plot", "--trace", "--csv"])
+@pytest.mark.parametrize("costs", ["F=1e-320,I=1,W=1", "F=1e-300,I=1e200,W=1"])
+def test_times_may_be_many_powers_of_ten_apart(
+    capsys: pytest.CaptureFixture[str], costs: str
+) -> None:
+    assert "makespan" in shown(capsys, *SIZES, "--costs", costs)
+
+
+def test_a_size_that_is_too_large_is_named_with_its_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = written(tmp_path, "c.toml", "F = 1\nI = 1\nW = 1\n[memory]\nactivations = 1e308\n")
+    message = error_of(capsys, *SIZES, "--costs", file, "--json")
+    assert message.startswith(f"{file}: memory activations=1e+308 is too large")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("flag", ["--plot", "--trace", "--csv", "--text"])
 def test_a_path_that_cannot_be_written_is_refused_before_the_work(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     flag: str,
 ) -> None:
-    suffix = {"--plot": ".svg", "--trace": ".json", "--csv": ".csv"}[flag]
+    suffix = {"--plot": ".svg", "--trace": ".json", "--csv": ".csv", "--text": ".txt"}[flag]
     # Sizes that are refused too, but later.
     late = ("--ranks", "0", "--microbatches", "8")
     nowhere = str(tmp_path / "no" / f"x{suffix}")
@@ -353,7 +518,7 @@ def test_a_path_that_cannot_be_written_is_refused_before_the_work(
 def test_a_picture_that_needs_matplotlib_is_refused_without_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("counterflow.launch.simulate_command.find_spec", lambda name: None)
+    monkeypatch.setattr("counterflow.launch.simulate_options.find_spec", lambda name: None)
     for suffix in ("svg", "png"):
         message = error_of(capsys, *SIZES, "--plot", str(tmp_path / f"x.{suffix}"))
         assert "pip install 'counterflow[plots]'" in message
@@ -364,9 +529,13 @@ def test_a_picture_that_needs_matplotlib_is_refused_without_it(
     [
         (("--plot", "x.pdf"), "--plot x.pdf: must end in .svg or .png or .html"),
         (("--trace", "x.txt"), "--trace x.txt: must end in .json"),
-        (("--csv", "/dev/null"), "--csv /dev/null: is no ordinary file"),
-        (("--csv", "x.json", "--trace", "./x.json"), "--csv x.json: is the same file as that of"),
-        (("--costs", "c.toml", "--csv", "c.toml"), "--csv c.toml: is the same file as that of"),
+        (("--csv", "x.txt"), "--csv x.txt: must end in .csv"),
+        (("--text", "x.csv"), "--text x.csv: must end in .txt"),
+        (("--csv", "-"), "--csv '-': the name of a file is needed, ending in .csv"),
+        (("--csv", ""), "--csv '': the name of a file is needed, ending in .csv"),
+        (("--plot", "-"), "--plot '-': the name of a file is needed, ending in .svg or .png or"),
+        (("--csv", "pipe.csv"), "--csv pipe.csv: is no ordinary file"),
+        (("--costs", "c.json", "--trace", "./c.json"), "--trace c.json: is the same file as that"),
         (("--schedule", "s.csv", "--csv", "s.csv"), "--csv s.csv: is the same file as that of"),
     ],
 )
@@ -378,11 +547,16 @@ def test_outputs_that_make_no_sense_are_refused(
     words: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    written(tmp_path, "c.toml", "F = 1\nI = 1\nW = 1\n")
+    written(tmp_path, "c.json", '{"F": 1, "I": 1, "W": 1}')
     written(tmp_path, "s.csv", "0F0,0B0\n1F0,1B0\n")
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    os.mkfifo(tmp_path / "pipe.csv")
+
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+    before = files()
     assert words in error_of(capsys, *SIZES, *arguments)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert files() == before
 
 
 # What docs/simulate.md says
@@ -418,3 +592,59 @@ def test_the_documented_files_of_costs_have_every_key(tmp_path: Path) -> None:
 def test_the_documented_python_runs() -> None:
     (program,) = re.findall(r"^```python\n(.*?)^```$", _DOCS, re.M | re.S)
     exec(compile(program, "docs/simulate.md", "exec"), {})
+
+
+def test_the_documented_keys_are_those_of_the_json(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = "F = 1\nI = 1\nW = 1\nsend = 0.5\nreduce = 1\noptimizer = 1\n[memory]\nkept = 0.5\n"
+    costs = ("--costs", written(tmp_path, "costs.toml", text))
+    arguments = ("--schedule", "search", "--ranks", "3", "--microbatches", "6", *costs)
+    found = printed(capsys, *arguments, "--compare")
+    section = _DOCS.partition("## JSON")[2].partition("## From")[0]
+    first = re.findall(r"^\| (`.*?`) \|", section, re.M)
+    documented = re.findall(r"`(.*?)`", " ".join(first))
+    assert len(documented) == len(set(documented))
+    assert set(documented) == set(paths(found)), "documented and not there, or the reverse"
+
+
+def paths(value: object, at: str = "") -> Iterator[str]:
+    """Where the entries of a JSON value lie: "a.b", or "a[].b" for what the list a holds."""
+    if isinstance(value, dict) and not all(key.isdigit() for key in value):  # ranks are no names
+        for key, entry in value.items():
+            yield from paths(entry, f"{at}.{key}" if at else key)
+    elif isinstance(value, list) and has_objects(value):
+        for entry in value:
+            yield from paths(entry, f"{at}[]")
+    elif value != [] or not at.endswith("]"):
+        yield at
+
+
+def has_objects(entries: list[Any]) -> bool:
+    return any(
+        isinstance(entry, dict) or (isinstance(entry, list) and has_objects(entry))
+        for entry in entries
+    )
+
+
+def test_the_peak_of_memory_has_the_static_part_and_the_curve_has_not(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = "F = 1\nI = 1\nW = 1\n[memory]\nweights = 16\nactivations = 2\n"
+    found = printed(capsys, *SIZES, "--costs", written(tmp_path, "costs.toml", text))
+    for memory in found["memory"]:
+        assert memory["static"] == 32
+        assert memory["peak"] == 32 + max(held for _, held in memory["curve"])
+
+
+def test_waits_are_listed_with_what_was_lacking(capsys: pytest.CaptureFixture[str]) -> None:
+    found = printed(capsys, *SIZES, "--costs", "F=1,I=1,W=1,send=0.5")
+    assert any(found["waits"])
+    for row, causes in zip(found["waits"], found["idle_by_cause"], strict=True):
+        assert sum(wait["travelling"] for wait in row) == causes["travelling"]
+        assert {str(w["source"]) for w in row if w["end"] - w["start"] > w["travelling"]} == set(
+            causes["on_rank"]
+        )
+    for rank, row in enumerate(found["waits"]):
+        steps = {step: start for step, start, _ in found["steps"][rank]}
+        assert all(steps[wait["step"]] == wait["end"] > wait["start"] for wait in row)

@@ -14,7 +14,7 @@ PAIR = Costs(F=1, I=1, W=1, pair=3)
 
 
 def makespans(comparison: Comparison) -> dict[str, float]:
-    return {entry.name: entry.result.makespan for entry in comparison.entries}
+    return {entry.name: entry.makespan for entry in comparison.entries}
 
 
 def test_every_name_is_compared_or_missing_with_a_reason() -> None:
@@ -40,7 +40,7 @@ def test_a_finer_cut_of_the_model_does_the_same_work() -> None:
     for entry in compare(4, 8, Costs(F=1, I=0.75, W=0.5)).entries:
         # Binary fractions, so the sums are exact.
         work = 8 * Fraction(9, 4)
-        assert [Fraction(busy) for busy in entry.result.busy] == [work] * 4
+        assert [Fraction(entry.makespan) - Fraction(idle) for idle in entry.idle] == [work] * 4
 
 
 def test_activations_count_in_chunks_of_one_of_as_many_stages_as_ranks() -> None:
@@ -48,20 +48,26 @@ def test_activations_count_in_chunks_of_one_of_as_many_stages_as_ranks() -> None
     dualpipe, vee = found.entry("dualpipe"), found.entry("dualpipev")
     assert dualpipe is not None
     assert vee is not None
-    assert (dualpipe.chunks, dualpipe.result.stages) == ((9,) * 8, 8)
+    assert (dualpipe.chunks, dualpipe.stages) == ((9,) * 8, 8)
     # 17 chunks of one of 16 stages
-    assert (vee.chunks, vee.result.stages) == ((8.5,) * 8, 16)
+    assert (vee.chunks, vee.stages) == ((8.5,) * 8, 16)
 
 
 def test_memory_is_cut_as_the_model_is() -> None:
-    found = compare(4, 8, PAIR, memory=Memory(weights=6, activations=2))
-    for entry in found.entries:
-        copies = entry.result.parameter_copies
-        assert [memory.weights for memory in entry.memories] == [6 * copies] * 4
-        share = 4 / entry.result.stages
-        assert [memory.peak - memory.static for memory in entry.memories] == [
-            2 * share * chunks for chunks in entry.result.peak_chunks
+    sizes = Memory(weights=6, activations=2)
+    for entry in compare(4, 8, PAIR, memory=sizes).entries:
+        assert list(entry.peak_memory) == [
+            6 * entry.parameter_copies + 2 * held for held in entry.held
         ]
+
+
+def test_all_of_one_schedule_is_kept_the_chosen_or_the_shortest() -> None:
+    chosen = compare(4, 8, PAIR, keep="gpipe")
+    assert (chosen.kept.name, chosen.kept.entry()) == ("gpipe", chosen.entry("gpipe"))
+    assert chosen.kept.result.plan == build("gpipe", ranks=4, microbatches=8)
+    for keep in (None, "dualpipe"):
+        found = compare(5, 8, PAIR, keep=keep)  # on five ranks there is no dualpipe
+        assert found.kept.entry() == found.entries[0]
 
 
 def test_further_schedules_stand_beside_the_named_ones() -> None:
@@ -97,7 +103,7 @@ def test_builders_that_go_by_costs_get_them() -> None:
 
 def test_stages_per_rank_goes_to_those_that_have_it() -> None:
     found = compare(4, 8, PAIR, stages_per_rank=3)
-    stages = {entry.name: entry.result.stages for entry in found.entries}
+    stages = {entry.name: entry.stages for entry in found.entries}
     assert (stages["interleaved"], stages["1f1b"]) == (12, 4)
 
 
@@ -106,4 +112,4 @@ def test_the_json_form_can_be_written() -> None:
     assert {missing["schedule"] for missing in shown["missing"]} == {"dualpipe"}
     reference = next(row for row in shown["schedules"] if row["schedule"] == "1f1b")
     assert (reference["makespan"], reference["ratio"], reference["stages"]) == (78, 1, 7)
-    assert reference["peak_activations"] == [7, 6, 5, 4, 3, 2, 1]
+    assert reference["model_peak_activations"] == [7, 6, 5, 4, 3, 2, 1]

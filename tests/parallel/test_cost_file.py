@@ -101,7 +101,7 @@ def test_json_says_the_same_as_toml(tmp_path: Path) -> None:
         (UNIT + "unit = 5\n", ', line 4: unit is a short text, such as "ms", not 5'),
         (UNIT + "message = 5\n", ": cost bandwidth, in bytes a unit, is missing"),
         (UNIT + "memory = 5\n", ", line 4: memory is a table of its own, not 5"),
-        (UNIT + "[memory]\nkept = -1\n", ", line 5: cost memory kept=-1 must be finite"),
+        (UNIT + "[memory]\nkept = -1\n", ", line 5: memory kept=-1 must be finite"),
         (UNIT + "[memory]\nweight = 1\n", ", line 5: in [memory]: unknown 'weight'; did you mean"),
         (UNIT + "[F]\n", ": not TOML: "),
         ("F 1\n", ": not TOML: Expected '=' after a key in a key/value pair (at line 1, column 3)"),
@@ -115,7 +115,7 @@ def test_json_says_the_same_as_toml(tmp_path: Path) -> None:
         (PHASES + "layers = 0\n", ": phases: layers=0 must be whole numbers from 1 up"),
         (PHASES + "order = 1\n", ", line 12: order in [phases] is a list of the names"),
         (PHASES + "comm_share = 1\n", ": phases: comm_share=1 must be from 0 to below 1"),
-        (PHASES.replace("= 3\n", "= -3\n"), ", line 4: cost mlp(F)=-3 must be finite"),
+        (PHASES.replace("= 3\n", "= -3\n"), ", line 4: phases: mlp(F)=-3 must be finite"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_one_line_with_its_place(

@@ -75,7 +75,26 @@ def test_a_long_step_shows_per_column_what_takes_most_of_its_time() -> None:
     # Rank 3 has 391 pairs of 3 in 1206.
     assert lines[3].count("P") >= 0.95 * (len(lines[3]) - len("rank 3 "))
     assert "P pair" in drawn.legend
-    assert "what takes most of it" in drawn.legend
+    assert "what takes more than half of it" in drawn.legend
+
+
+def test_a_column_in_which_nothing_takes_half_says_so() -> None:
+    # A third each of F, I and W, but for the warm-up.
+    drawn = timeline(result("zbv", 8, 600), 80)
+    lines = drawn.plain().splitlines()
+    for line in lines[:8]:
+        letters = line.removeprefix(line[:7])
+        assert letters.count("*") >= 0.95 * len(letters)
+    assert "* where nothing does" in drawn.legend
+    # 1F1B: two of three units are B.
+    steady = timeline(result("1f1b", 2, 600), 80).plain().splitlines()[0]
+    assert set(steady.removeprefix("rank 0 ")) == {"B"}
+
+
+@pytest.mark.parametrize("times", [(1e-320, 1, 1), (1e-300, 1e200, 1), (1, 1, 1e-320)])
+def test_times_may_be_as_far_apart_as_numbers_can_be(times: tuple[float, float, float]) -> None:
+    drawn = timeline(result("1f1b", 2, 2, Costs(*times)), 40)
+    assert max(map(len, drawn.plain().splitlines())) <= 40
 
 
 def test_many_ranks_are_drawn_from_both_ends() -> None:

@@ -12,10 +12,13 @@ from ...schedule import Action, Pair, Placement
 from ..events import Result
 
 IDLE = "idle"
+MIXED = "mixed"
 PLAIN = "plain"
 
 # Letters of what follows the rows.
 _FINISH = {"reduce": "R", "mirror": "M", "optimizer": "O"}
+# Letters of columns that hold many steps, where they are not those of the kind itself.
+_SKETCHED = {"pair": "P", **_FINISH, IDLE: ".", MIXED: "*"}
 # More ranks than that are drawn from both ends, with the middle left out.
 _MOST_RANKS = 64
 _ENDS = 16
@@ -29,7 +32,7 @@ class Piece(NamedTuple):
     Attributes:
         text: one letter a column.
         kind: "F", "B", "I", "W" and what follows the rows ("reduce", "mirror", "optimizer"),
-            IDLE, or PLAIN for what is written around them. Lower case where the letters are.
+            IDLE, MIXED, or PLAIN for what is written around them. Lower case where the letters are.
     """
 
     text: str
@@ -62,8 +65,8 @@ def timeline(result: Result, width: int) -> Timeline:
 
     A step is its letter, its micro-batch where there is room, and dashes up to its end. Small
     letters are the other stages of a rank or, in bidirectional schedules, micro-batches from the
-    other end. Where most steps are shorter than a column, a column shows what took most of its
-    time, and pairs are "P".
+    other end. Where most steps are shorter than a column, a column shows what took more than half
+    of its time, or "*" where nothing did, and pairs are "P".
 
     Args:
         result: of a simulation.
@@ -116,7 +119,7 @@ class _Canvas:
         return [_line(upper), _line(lower)] if self.pairs else [_line(upper)]
 
     def sketch(self, rank: int) -> list[Line]:
-        """Per column, the letter of what takes most of its time."""
+        """Per column, the letter of what takes more than half of its time."""
         shares: list[dict[str, float]] = [{} for _ in range(self.columns)]
         for step, start, end in self._everything(rank):
             column = min(int(start * self.scale), self.columns - 1)
@@ -129,13 +132,11 @@ class _Canvas:
                 column = min(column + 1, self.columns - 1)
         cells: list[tuple[str, str]] = []
         for share in shares:
-            free = 1 / self.scale - sum(share.values())
-            most = max(share, key=lambda kind: share[kind], default=IDLE)
-            if free >= share.get(most, 0.0):
-                cells.append((".", IDLE))
-            else:
-                letter = {"pair": "P", **_FINISH}.get(most, most)
-                cells.append((letter, most))
+            share[IDLE] = 1 / self.scale - sum(share.values())
+            most = max(share, key=lambda kind: share[kind])
+            if share[most] * self.scale <= 0.5 + _ROUNDING:
+                most = MIXED
+            cells.append((_SKETCHED.get(most, most), most))
         return [_line(cells)]
 
     def _everything(self, rank: int) -> Iterable[tuple[str, float, float]]:
@@ -195,7 +196,7 @@ class _Canvas:
         if self.dense:
             per = 1 / self.scale
             parts.append(f"a column is {per:.3g} {self.result.costs.unit}".rstrip())
-            return ", ".join(parts) + ": what takes most of it"
+            return ", ".join(parts) + ": what takes more than half of it, * where nothing does"
         placement = self.result.plan.placement
         if len(placement.routes) > 1:
             parts.append("small letters: entered at the other end")
@@ -221,8 +222,10 @@ def _scale(result: Result, columns: int) -> float:
     times = {result.times.of(step) for row in result.plan.rows for step in row}
     shortest = min((time for time in times if time > 0), default=makespan)
     whole = math.floor(widest * shortest * (1 + _ROUNDING))
+    if not whole:  # and then some times may be more multiples of it than a number can hold
+        return widest
     even = all(abs(time / shortest - round(time / shortest)) < _ROUNDING for time in times)
-    return whole / shortest if whole and even else widest
+    return whole / shortest if even else widest
 
 
 def _round_up(time: float) -> float:
