@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
+from typing import NamedTuple
 
 from .actions import Action, Op, Pair, Step, actions
 from .placement import Placement
@@ -36,48 +38,98 @@ def from_csv(text: str, name: str, source: str = "text") -> Schedule:
         ValueError: names source, line and column (counted in cells, from 1), and what was expected.
     """
     rows: list[tuple[Step, ...]] = []
+    lines: list[int] = []
+    cells: list[_Cell] = []
     reader = csv.reader(io.StringIO(text.rstrip()))
     try:
-        for row in reader:
-            rows.append(parse_row(row, f"{source}, line {reader.line_num}"))
+        for texts in reader:
+            number = reader.line_num
+            row = parse_row(texts, f"{source}, line {number}")
+            columns = (column for column, text in enumerate(texts, start=1) if text.strip())
+            cells += [
+                _Cell(action, len(rows), number, column)
+                for column, step in zip(columns, row, strict=True)
+                for action in actions(step)
+            ]
+            rows.append(row)
+            lines.append(number)
     except csv.Error as error:
         raise ValueError(f"{source}, line {reader.line_num}: not CSV: {error}") from error
+    if not cells:
+        raise ValueError(f"{source}: there is no step in it")
+    for row, line in zip(rows, lines, strict=True):
+        if not row:
+            raise ValueError(
+                f"{source}, line {line}: no step in it; a line is the row of a rank, and every "
+                "rank has steps"
+            )
+    paths = _paths(cells, source)
     try:
-        return Schedule(name, _placement(rows), tuple(rows))
+        return Schedule(name, Placement.of(paths), tuple(rows))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+class _Cell(NamedTuple):
+    """An action, the rank in whose row it stands, and where that is in the text, from 1."""
+
+    action: Action
+    rank: int
+    line: int
+    column: int
 
 
 def _cell(step: Step) -> str:
     return f"{step}OVERLAP_F_B" if isinstance(step, Pair) else str(step)
 
 
-def _placement(rows: list[tuple[Step, ...]]) -> Placement:
-    """Where the forwards stand; of a forward that is missing, where the rest of its chunk does.
+def _paths(cells: list[_Cell], source: str) -> list[tuple[int, ...]]:
+    """By micro-batch and stage, the rank on which the forward stands, or else the backward.
 
     So `verify` can say what is missing, and in which row.
     """
-    everything = [action for row in rows for step in row for action in actions(step)]
-    if not everything:
-        raise ValueError("there is no step in it")
     rank_of: dict[tuple[int, int], int] = {}
     for backwards in (False, True):
-        for rank, row in enumerate(rows):
-            for step in row:
-                for stage, op, microbatch in actions(step):
-                    if backwards == (op != Op.F):
-                        rank_of.setdefault((stage, microbatch), rank)
-    num_stages = 1 + max(action.stage for action in everything)
+        for (stage, op, microbatch), rank, _, _ in cells:
+            if backwards == (op != Op.F):
+                rank_of.setdefault((stage, microbatch), rank)
+    num_stages = 1 + max(cell.action.stage for cell in cells)
     paths: list[tuple[int, ...]] = []
-    for microbatch in range(1 + max(action.microbatch for action in everything)):
+    for microbatch in range(1 + max(cell.action.microbatch for cell in cells)):
         path: list[int] = []
         for stage in range(num_stages):
             if (stage, microbatch) not in rank_of:
-                raise ValueError(
-                    f"{Action(stage, Op.F, microbatch)} is on no rank, nor anything else of stage "
-                    f"{stage} on micro-batch {microbatch}; every stage (0 to {num_stages - 1}) "
-                    "needs a forward of every micro-batch"
-                )
+                raise ValueError(f"{source}{_gap(cells, stage, microbatch)}")
             path.append(rank_of[stage, microbatch])
         paths.append(tuple(path))
-    return Placement.of(paths)
+    return paths
+
+
+def _gap(cells: list[_Cell], stage: int, microbatch: int) -> str:
+    """What is wrong where nothing of a stage stands on a micro-batch, and where in the text."""
+    stages = Counter(cell.action.stage for cell in cells)
+    microbatches = Counter(cell.action.microbatch for cell in cells)
+    # A slip such as 4F0 for 0F0 brings in a stage of which there is next to nothing else.
+    for kind, counts in (("stage", stages), ("micro-batch", microbatches)):
+        top, most = max(counts), max(counts.values())
+        if counts[top] == 1 < most or 4 * counts[top] <= most:
+            action, _, line, column = next(
+                cell
+                for cell in cells
+                if top == (cell.action.stage if kind == "stage" else cell.action.microbatch)
+            )
+            return (
+                f", line {line}, column {column}: {action} brings in {kind} {top} (actions of it: "
+                f"{counts[top]}, of others up to {most}); every stage needs a forward of every "
+                "micro-batch"
+            )
+    wanted = f"every stage (0 to {max(stages)}) needs a forward of every micro-batch"
+    if stage not in stages:
+        return (
+            f": nothing of stage {stage} is on any rank; {wanted}. Is the row of a rank missing? "
+            f"The last one is line {cells[-1].line}"
+        )
+    return (
+        f": {Action(stage, Op.F, microbatch)} is on no rank, nor anything else of stage {stage} on "
+        f"micro-batch {microbatch}; {wanted}"
+    )

@@ -356,5 +356,5 @@ class _Run:
             heappush(self.events, (arrival, rank))
 
 
-def _sorted(held: list[int], lanes: Lanes, order: str) -> list[int]:
+def _sorted(held: tuple[int, ...], lanes: Lanes, order: str) -> list[int]:
     return sorted(held, key=lambda v: lanes.stage[v], reverse=order == LATER_STAGE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .placement import Placement
 from .times import Times
@@ -17,25 +17,35 @@ ROUNDING = 1e-9
 class Lanes:
     """A placement, its times and its memory, laid out for the constructor.
 
-    A lane is one stage of one route: lane = route * stages + stage. Entries of lists are by lane
-    unless they say otherwise.
+    A lane is one stage of one route: lane = route * stages + stage.
+
+    Attributes:
+        placement, times: what is laid out.
+        limit: per rank, most memory, in chunks.
+        pending: share of a chunk's memory that stays from the end of I to the end of W.
+        microbatches: per route, the micro-batches that take it, ascending.
+        of_rank: per rank, its lanes.
+        pays: whether any pair saves time.
+        rank, stage: per lane, where it is and what it runs.
+        size: per lane, memory of one of its chunks.
+        reserve: per lane, what must stay free beside a chunk of it so that later stages of its rank
+            can always go on.
+        onward, back: per lane, delay of a message to the next stage and to the one before.
     """
 
     placement: Placement
     times: Times
     limit: tuple[float, ...]
-    chunk: tuple[float, ...]
     pending: float
     microbatches: tuple[tuple[int, ...], ...]
-    rank: list[int] = field(default_factory=list[int])
-    stage: list[int] = field(default_factory=list[int])
-    size: list[float] = field(default_factory=list[float])
-    # What must stay free beside a chunk of this lane so that later stages can always go on.
-    reserve: list[float] = field(default_factory=list[float])
-    onward: list[float] = field(default_factory=list[float])  # delay to the next stage
-    back: list[float] = field(default_factory=list[float])  # delay to the stage before
-    of_rank: list[list[int]] = field(default_factory=list[list[int]])  # by rank
-    pays: bool = False  # whether any pair saves time
+    of_rank: tuple[tuple[int, ...], ...]
+    pays: bool
+    rank: tuple[int, ...]
+    stage: tuple[int, ...]
+    size: tuple[float, ...]
+    reserve: tuple[float, ...]
+    onward: tuple[float, ...]
+    back: tuple[float, ...]
 
     @property
     def num_stages(self) -> int:
@@ -75,31 +85,46 @@ def lay_out(
     members: list[list[int]] = [[] for _ in placement.routes]
     for microbatch, route in enumerate(placement.route_of):
         members[route].append(microbatch)
-    pays = pairs and any(saved(times, f, b) > 0 for f in range(stages) for b in range(stages))
-    lanes = Lanes(placement, times, limits, sizes, pending, tuple(map(tuple, members)), pays=pays)
-    lanes.of_rank.extend([] for _ in range(ranks))
-    for route in placement.routes:
-        for stage, rank in enumerate(route):
-            lanes.of_rank[rank].append(len(lanes.rank))
-            lanes.rank.append(rank)
-            lanes.stage.append(stage)
-            lanes.size.append(sizes[stage])
-            boundary = times.send + (times.occupy[stage] if stage < len(times.occupy) else 0.0)
-            last = stage == stages - 1
-            lanes.onward.append(0.0 if last or route[stage + 1] == rank else boundary)
-            lanes.back.append(lanes.onward[-2] if stage else 0.0)
-    for lane, rank in enumerate(lanes.rank):
-        # Of one stage in two routes one chunk is enough: whichever runs goes on to its end.
-        later = {lanes.stage[v]: lanes.size[v] for v in lanes.of_rank[rank]}
-        lanes.reserve.append(sum(s for at, s in later.items() if at > lanes.stage[lane]))
-    for rank, held in enumerate(lanes.of_rank):
-        smallest = max(lanes.size[v] + lanes.reserve[v] for v in held)
+    rank_of = [rank for route in placement.routes for rank in route]
+    of_rank: list[list[int]] = [[] for _ in range(ranks)]
+    for lane, rank in enumerate(rank_of):
+        of_rank[rank].append(lane)
+    size = sizes * len(placement.routes)
+    # Of one stage in two routes one chunk is enough: whichever runs goes on to its end.
+    reserve = tuple(
+        sum(sizes[s] for s in {v % stages for v in of_rank[rank]} if s > lane % stages)
+        for lane, rank in enumerate(rank_of)
+    )
+    onward = tuple(_delay(times, route, s) for route in placement.routes for s in range(stages))
+    for rank, held in enumerate(of_rank):
+        smallest = max(size[v] + reserve[v] for v in held)
         if limits[rank] + ROUNDING < smallest:
             raise ValueError(
                 f"memory limit {limits[rank]:g} of rank {rank} is too small for its stages; "
                 f"the smallest possible is {smallest:g} chunks"
             )
-    return lanes
+    return Lanes(
+        placement=placement,
+        times=times,
+        limit=limits,
+        pending=pending,
+        microbatches=tuple(map(tuple, members)),
+        of_rank=tuple(map(tuple, of_rank)),
+        pays=pairs and any(saved(times, f, b) > 0 for f in range(stages) for b in range(stages)),
+        rank=tuple(rank_of),
+        stage=tuple(range(stages)) * len(placement.routes),
+        size=size,
+        reserve=reserve,
+        onward=onward,
+        back=tuple(onward[lane - 1] if lane % stages else 0.0 for lane in range(len(onward))),
+    )
+
+
+def _delay(times: Times, route: Sequence[int], stage: int) -> float:
+    """Of a message from a stage to the next one; 0 where both are on one rank, or there is none."""
+    if stage == len(route) - 1 or route[stage] == route[stage + 1]:
+        return 0.0
+    return times.send + (times.occupy[stage] if times.occupy else 0.0)
 
 
 def saved(times: Times, forward: int, backward: int) -> float:

@@ -31,7 +31,8 @@ class Schedule:
         rows: one tuple a rank: its steps, in order.
 
     Raises:
-        ValueError: the name is not one printable line, or rows and ranks differ in number.
+        ValueError: the name is not one printable line, the rows are not tuples, or rows and ranks
+            differ in number.
     """
 
     name: str
@@ -43,6 +44,13 @@ class Schedule:
             raise ValueError(
                 f"schedule name {self.name!r} must be one printable line with no space around it"
             )
+        # Rows of lists could change after they were verified, and what was derived from them not.
+        for row in (self.rows, *self.rows):
+            if type(row) is not tuple:
+                kind = type(row).__name__
+                raise ValueError(
+                    f"schedule {self.name!r}: rows must be a tuple of tuples, not {kind}"
+                )
         if len(self.rows) != self.placement.num_ranks:
             raise ValueError(
                 f"schedule {self.name!r} has {len(self.rows)} rows, but its placement has "

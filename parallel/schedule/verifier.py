@@ -85,12 +85,20 @@ def _check_steps(schedule: Schedule) -> list[int]:
     held = [0] * (stages * microbatches)
     for rank, row in enumerate(schedule.rows):
         for index, step in enumerate(row):
+            members: tuple[Action, ...]
             if isinstance(step, Pair):
                 _check_pair(schedule, Position(rank, index), step)
-            for action in actions(step):
+                members = step
+            else:
+                if step.__class__ is not Action:
+                    _fail_step(schedule, Position(rank, index), step)
+                members = (step,)
+            for action in members:
                 stage, op, microbatch = action
                 if op.__class__ is not Op:
                     _fail_kind(schedule, Position(rank, index), action)
+                if stage.__class__ is not int or microbatch.__class__ is not int:
+                    _fail_number(schedule, Position(rank, index), action)
                 if not (0 <= stage < stages and 0 <= microbatch < microbatches):
                     _fail_unknown(schedule, Position(rank, index), action)
                 if home[microbatch][stage] != rank:
@@ -103,6 +111,8 @@ def _check_steps(schedule: Schedule) -> list[int]:
 
 
 def _check_pair(schedule: Schedule, position: Position, step: Pair) -> None:
+    if step.forward.__class__ is not Action or step.backward.__class__ is not Action:
+        _fail_step(schedule, position, step)
     if step.forward.op != Op.F or step.backward.op != Op.B:
         _fail(schedule, position, step, "is not a pair of a forward and a full backward")
     # A micro-batch's backwards need all its forwards, and micro-batches need nothing of each other.
@@ -114,6 +124,27 @@ def _check_pair(schedule: Schedule, position: Position, step: Pair) -> None:
             f"cannot overlap: {step.backward} needs {step.forward}, both being of micro-batch "
             f"{step.forward.microbatch}",
         )
+
+
+def _fail_step(schedule: Schedule, position: Position, step: object) -> NoReturn:
+    # Whatever it is, it cannot be drawn, nor be the `action` of the error.
+    rank, index = position
+    raise ScheduleError(
+        f"schedule {schedule.name!r}, rank {rank}, step {index}: {step!r} is not a step; it must "
+        "be an Action, or a Pair of two",
+        rank,
+        index,
+    )
+
+
+def _fail_number(schedule: Schedule, position: Position, action: Action) -> NoReturn:
+    _fail(
+        schedule,
+        position,
+        action,
+        f"has stage {action.stage!r} and micro-batch {action.microbatch!r}; both must be of type "
+        "int",
+    )
 
 
 def _fail_kind(schedule: Schedule, position: Position, action: Action) -> NoReturn:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from itertools import product
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from counterflow.parallel.schedule import Op, actions, build, verify
 from counterflow.parallel.simulate import Costs, Result, simulate
@@ -241,6 +243,41 @@ def test_dualpipev_takes_no_longer_than_1f1b(times: tuple[float, float, float, f
         for m in few:
             longest = 2 * (m + p - 1) * (forward + inputs + weights)
             assert run("dualpipev", p, m, costs).makespan <= longest + 1e-9, (p, m)
+
+
+eighths = st.integers(0, 32).map(lambda n: n / 8)  # binary fractions: sums are exact
+
+
+@given(st.integers(1, 4), st.integers(1, 10), st.data())
+@settings(deadline=None, max_examples=150)
+def test_dualpipe_takes_no_longer_than_1f1b_with_uneven_stages_and_messages_that_take_time(
+    half: int, entering: int, data: st.DataObject
+) -> None:
+    """B is I + W, and no pair takes longer than its members one after the other."""
+    ranks, microbatches = 2 * half, 2 * entering
+    forward, inputs, weights = (
+        tuple(max(least, data.draw(eighths)) for _ in range(ranks)) for least in (0.125, 0, 0)
+    )
+    share = data.draw(st.integers(0, 4)) / 4
+
+    def pair(f: int, b: int) -> float:
+        members = forward[f], inputs[b] + weights[b]
+        return max(members) + share * min(members)
+
+    costs = Costs(F=forward, I=inputs, W=weights, pair=pair, send=data.draw(eighths))
+    one = run("1f1b", ranks, microbatches, costs)
+    assert run("dualpipe", ranks, microbatches, costs).makespan <= one.makespan
+
+
+def test_dearer_pairs_and_slow_messages_can_make_1f1b_the_shorter_one() -> None:
+    """What the docstrings of DualPipe and DualPipeV say about where they lose, and by how much."""
+    times = {"F": 0.11338379746826943, "I": 3, "W": 0.08606587601473104}
+    dear = Costs(**times, pair=1.3 * sum(times.values()))
+    ratio = run("dualpipe", 10, 36, dear).makespan / run("1f1b", 10, 36, dear).makespan
+    assert round(ratio, 2) == 1.16
+    slow = Costs(F=1, I=0.25, W=0, pair=1, send=1)
+    folded = run("dualpipev", 4, 2, slow.for_ranks(4, 8)).makespan
+    assert round(folded / run("1f1b", 4, 2, slow).makespan, 2) == 1.47
 
 
 def test_fewer_micro_batches_leave_out_the_last_ones_of_dualpipe() -> None:

@@ -115,6 +115,7 @@ def test_a_placement_knows_ranks_stages_and_replicas() -> None:
         (((0, 1), (1, 0)), (0, 0), "no micro-batch takes route 1"),
         (((0, -1),), (0,), "rank -1"),
         (((0, 2),), (0,), "rank 1 holds no stage"),
+        (((1, 2),), (0,), "rank 0 holds no stage, and ranks up to 2"),
     ],
 )
 def test_an_impossible_placement_is_refused(
@@ -131,6 +132,13 @@ def test_a_schedule_needs_a_row_for_each_rank_and_a_printable_name() -> None:
     for name in ("", " x", "x\n", "a\nb"):
         with pytest.raises(ValueError, match="printable line"):
             Schedule(name, placement, ((), ()))
+
+
+def test_rows_that_could_change_are_refused() -> None:
+    placement, row = Placement(((0,),), (0,)), (Action(0, F, 0),)
+    for rows in ([row], ([*row],)):
+        with pytest.raises(ValueError, match="rows must be a tuple of tuples, not list"):
+            Schedule("x", placement, rows)  # pyright: ignore[reportArgumentType]
 
 
 def test_equal_schedules_are_equal_values_whatever_was_derived_from_them() -> None:
@@ -188,8 +196,13 @@ def test_dualpipev_is_the_first_half_of_dualpipe_folded() -> None:
 @pytest.mark.parametrize(
     ("name", "ranks", "microbatches", "says"),
     [
-        ("dualpipe", 7, 20, "ranks=7 is odd.*use 8 ranks"),
-        ("dualpipe", 8, 21, "microbatches=21 is odd.*use 22"),
+        ("dualpipe", 7, 20, "ranks=7 is odd.*use 6 or 8 ranks; or use dualpipev"),
+        ("dualpipe", 8, 21, "microbatches=21 is odd.*use 20 or 22 micro-batches; or use dual"),
+        ("dualpipe", 1, 1, "ranks=1 is odd.*use 2 ranks; microbatches=1 .*use 2 micro-batches;"),
+        *(
+            (name, 0, 0.5, "ranks must be.*got 0; microbatches must be.*got 0.5")
+            for name in names()
+        ),
         *((name, 0, 8, "ranks must be a whole number from 1 up, got 0") for name in names()),
         *((name, 4, -8, "microbatches must be a whole number.*got -8") for name in names()),
         *((name, 4.0, 8, "ranks must be a whole number.*got 4.0") for name in names()),
@@ -227,7 +240,7 @@ def test_options_are_those_of_the_schedule() -> None:
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"'DualPip'; did you mean 'dualpipe'\?"):
         build("DualPip", ranks=2, microbatches=4)
-    with pytest.raises(ValueError, match=r"unknown schedule 'xyz'; Known: gpipe, 1f1b, .*v-min,"):
+    with pytest.raises(ValueError, match=r"unknown schedule 'xyz'; known: gpipe, 1f1b, .*v-min,"):
         build("xyz", ranks=2, microbatches=4)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,17 +145,28 @@ def test_csv_from_a_spreadsheet_is_read(tmp_path: Path) -> None:
         ("", "there is no step in it"),
         (" \n,,\n", "there is no step in it"),
         ("0F0\n1F1\n", "1F0 is on no rank"),
-        ("0F0\n99999999999F0\n", "1F0 is on no rank"),
-        ("0F0\n\n1F0\n", "rank 1 holds no stage"),
+        ("0F0\n999999999F0\n", "1 is on any rank; .* is line 2"),
+        ("0F0\n9999999999F0\n", "line 2, column 1: '9999999999F0' has a number of more than 9"),
+        pytest.param(
+            "0F0\n0F" + "9" * 5000,
+            "line 2, column 1: '0F9+\\.\\.\\.' has a number of more than 9",
+            id="digits of a cell",
+        ),
+        ("0F0\n\n1F0\n", "line 2: no step in it; a line is the row of a rank"),
+        ("0F0,0B0\n,,\n1F0,1B0\n", "line 2: no step in it; a line is the row of a rank"),
+        # Slips: 4F0 for 0F0, 1F9 for 1F1, and the last of three ranks with two stages each deleted.
+        ("4F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n", "line 1, column 1: 4F0 brings in stage 4"),
+        ("0F0,0F1,0B0,0B1\n1F0,1B0, ,1F9,1B1\n", "line 2, column 4: 1F9 brings in micro-batch 9"),
+        ("0F0,0F1,3F0,3F1\n1F0,1F1,4F0,4F1\n", "nothing of stage 2 is on any .* is line 2"),
         ("name: x\nroute: ranks 0, micro-batches 0\nrank 0: 0F0 yy\n", "line 3, column 2: 'yy'"),
         ("name: x\nname: y\n", "line 2: a second name"),
         ("nme: x\n", "line 1: 'nme' begins no line; did you mean 'name:'?"),
-        ("name: x\nsomething else\n", "line 2: 'something else' begins no line; Expected 'name:'"),
+        ("name: x\nsomething else\n", "line 2: 'something else' begins no line; expected 'name:'"),
         ("# x\nroute: ranks 0, micro-batches 0\nrank 0: 0F0\n", "no 'name:' line"),
         ("name: x\nrank 0: 0F0\n", "no 'route:' line"),
         ("name: x\nroute: 0 1\n", "line 2: '0 1' is not a route; expected one such as 'ranks 0"),
         ("name: x\nroute: ranks 0, micro-batches 3-1\n", "line 2: micro-batches 3-1 run backwards"),
-        ("name: x\nroute: ranks 0, micro-batches 0-99999999999\n", "line 2: .* more than the text"),
+        ("name: x\nroute: ranks 0, micro-batches 0-999999999\n", "line 2: .* more than the text"),
         (
             "name: x\nroute: ranks 0, micro-batches 0-1\nroute: ranks 1, micro-batches 1\n",
             "line 3: micro-batch 1 has a route already",
@@ -166,6 +178,21 @@ def test_csv_from_a_spreadsheet_is_read(tmp_path: Path) -> None:
         ),
         ("name: x\nroute: ranks 0 1, micro-batches 0\nrank 0: 0F0\n", "1 rows, .* 2 ranks"),
         ("name: x\nroute: ranks 0 2, micro-batches 0\nrank 0: 0F0\n", "rank 1 holds no stage"),
+        pytest.param(
+            f"name: x\nroute: ranks {'1' * 5000}, micro-batches 0\n",
+            "line 2: .* not a route",
+            id="digits of a rank",
+        ),
+        pytest.param(
+            f"name: x\nroute: ranks 0, micro-batches {'1' * 5000}\n",
+            "line 2: .* not a route",
+            id="digits of a micro-batch",
+        ),
+        pytest.param(
+            f"name: x\nrank {'1' * 5000}: 0F0\n",
+            "line 2: 'rank 1+\\.\\.\\.' begins no line",
+            id="digits of a row",
+        ),
         ("name:\nroute: ranks 0, micro-batches 0\nrank 0: 0F0\n", "schedule name '' must be"),
     ],
 )
@@ -177,6 +204,23 @@ def test_a_bad_file_is_refused_with_file_line_column_and_reason(
     with pytest.raises(ValueError, match=f"^{path}[,:] .*{says}") as error:
         load(path)
     assert "\n" not in str(error.value)
+
+
+def test_a_rank_far_away_is_refused_without_counting_up_to_it() -> None:
+    text = f"name: x\nroute: ranks 0 {10**9 - 1}, micro-batches 0\nrank 0: 0F0\n"
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="here: rank 1 holds no stage, and ranks up to 999999999"):
+        from_text(text, "here")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 1e6  # bytes
+
+
+def test_a_row_of_bidirectional_dualpipe_that_is_missing_blames_no_cell() -> None:
+    """Half of its stages' actions are left, which are no slips."""
+    text = to_csv(build("dualpipe", ranks=4, microbatches=8))
+    with pytest.raises(ValueError, match=r"^here: 3F0 is on no rank"):
+        from_csv(text[: text.rindex("\n", 0, -1)], "x", "here")
 
 
 def test_a_file_that_is_not_text_is_refused_and_a_missing_one_is_named(tmp_path: Path) -> None:

@@ -282,6 +282,31 @@ def test_a_weight_half_before_its_input_half_is_refused() -> None:
     assert f"stands before {rows[0][w]} (step {w}), which it needs" in str(error)
 
 
+@pytest.mark.parametrize(
+    "slip",
+    [
+        (0, F, 0),
+        Pair(Action(0, F, 0), (1, B, 0)),  # pyright: ignore[reportArgumentType]
+        "0F0",
+        None,
+    ],
+)
+def test_what_is_no_step_is_refused(slip: object) -> None:
+    schedule = build("1f1b", ranks=2, microbatches=2)
+    rows = rows_of(schedule)
+    rows[0][1] = slip  # pyright: ignore[reportCallIssue, reportArgumentType]
+    with pytest.raises(ScheduleError, match=r"rank 0, step 1: .* is not a step; it must be an Act"):
+        verify(with_rows(schedule, rows))
+
+
+@pytest.mark.parametrize("action", [Action(False, F, 0), Action(0, F, 0.0), Action(0.5, F, 0)])  # pyright: ignore[reportArgumentType]
+def test_stages_and_micro_batches_are_ints(action: Action) -> None:
+    schedule = build("1f1b", ranks=2, microbatches=2)
+    rows = rows_of(schedule)
+    rows[0][0] = action
+    assert "both must be of type int" in str(refused(with_rows(schedule, rows)))
+
+
 def test_a_deadlock_lists_every_blocked_rank_and_the_circle() -> None:
     schedule = build("1f1b", ranks=3, microbatches=3)
     rows = rows_of(schedule)

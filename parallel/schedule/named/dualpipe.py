@@ -8,7 +8,7 @@ from itertools import count
 from ..actions import Action, Op, Pair, Step, actions
 from ..placement import Placement
 from ..schedule import Schedule
-from .sizes import require_count
+from .sizes import require_counts
 
 
 def dualpipe(ranks: int, microbatches: int) -> Schedule:
@@ -41,17 +41,21 @@ def dualpipe(ranks: int, microbatches: int) -> Schedule:
     Raises:
         ValueError: a size is not possible; the message says what to use.
     """
-    require_count("dualpipe", "ranks", ranks)
-    require_count("dualpipe", "microbatches", microbatches)
+    require_counts("dualpipe", ranks=ranks, microbatches=microbatches)
+    wrong: list[str] = []
     if ranks % 2:
-        raise ValueError(
-            f"dualpipe: ranks={ranks} is odd, but stages s and ranks-1-s share two ranks; use "
-            f"{ranks + 1} ranks, or dualpipev or 1f1b, which take any number"
+        wrong.append(
+            f"ranks={ranks} is odd, but stages s and ranks-1-s share two ranks; use "
+            f"{_even_beside(ranks)} ranks"
         )
     if microbatches % 2:
+        wrong.append(
+            f"microbatches={microbatches} is odd, but half of them enter at each end; use "
+            f"{_even_beside(microbatches)} micro-batches"
+        )
+    if wrong:
         raise ValueError(
-            f"dualpipe: microbatches={microbatches} is odd, but half of them enter at each end; "
-            f"use {microbatches + 1}, or dualpipev or 1f1b, which take any number"
+            f"dualpipe: {'; '.join(wrong)}; or use dualpipev or 1f1b, which take any number"
         )
     entering = microbatches // 2
     rows: list[tuple[Step, ...]] = []
@@ -63,6 +67,10 @@ def dualpipe(ranks: int, microbatches: int) -> Schedule:
     ahead = tuple(range(ranks))
     placement = Placement((ahead, ahead[::-1]), (0,) * entering + (1,) * entering)
     return Schedule("dualpipe", placement, tuple(rows))
+
+
+def _even_beside(odd: int) -> str:
+    return f"{odd - 1} or {odd + 1}" if odd > 1 else "2"
 
 
 def eight_steps(

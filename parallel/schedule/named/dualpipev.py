@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..placement import Placement
 from ..schedule import Schedule
 from .dualpipe import eight_steps
-from .sizes import require_count
+from .sizes import require_counts
 
 
 def dualpipev(ranks: int, microbatches: int) -> Schedule:
@@ -32,8 +32,7 @@ def dualpipev(ranks: int, microbatches: int) -> Schedule:
     Raises:
         ValueError: a size is not a whole number from 1 up.
     """
-    require_count("dualpipev", "ranks", ranks)
-    require_count("dualpipev", "microbatches", microbatches)
+    require_counts("dualpipev", ranks=ranks, microbatches=microbatches)
     rows = tuple(eight_steps(rank, ranks, microbatches, (0, 0)) for rank in range(ranks))
     down = tuple(range(ranks))
     return Schedule("dualpipev", Placement((down + down[::-1],), (0,) * microbatches), rows)

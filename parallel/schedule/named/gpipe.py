@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..actions import Action, Op, Step
 from ..placement import Placement
 from ..schedule import Schedule
-from .sizes import require_count
+from .sizes import require_counts
 
 
 def gpipe(ranks: int, microbatches: int) -> Schedule:
@@ -24,8 +24,7 @@ def gpipe(ranks: int, microbatches: int) -> Schedule:
     Raises:
         ValueError: a size is not a whole number from 1 up.
     """
-    require_count("gpipe", "ranks", ranks)
-    require_count("gpipe", "microbatches", microbatches)
+    require_counts("gpipe", ranks=ranks, microbatches=microbatches)
     rows = tuple(_row(rank, microbatches) for rank in range(ranks))
     return Schedule("gpipe", Placement((tuple(range(ranks)),), (0,) * microbatches), rows)
 

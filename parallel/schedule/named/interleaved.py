@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..actions import Action, Op, Step
 from ..placement import Placement
 from ..schedule import Schedule
-from .sizes import require_count
+from .sizes import require_counts
 
 
 def interleaved(ranks: int, microbatches: int, *, stages_per_rank: int = 2) -> Schedule:
@@ -32,9 +32,9 @@ def interleaved(ranks: int, microbatches: int, *, stages_per_rank: int = 2) -> S
     Raises:
         ValueError: a size is not possible; the message says what to use.
     """
-    require_count("interleaved", "ranks", ranks)
-    require_count("interleaved", "microbatches", microbatches)
-    require_count("interleaved", "stages_per_rank", stages_per_rank)
+    require_counts(
+        "interleaved", ranks=ranks, microbatches=microbatches, stages_per_rank=stages_per_rank
+    )
     if stages_per_rank == 1:
         raise ValueError(
             "interleaved: stages_per_rank=1 leaves nothing to interleave; use 2, or 1f1b, which "

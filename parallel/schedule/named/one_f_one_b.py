@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..actions import Action, Op, Step
 from ..placement import Placement
 from ..schedule import Schedule
-from .sizes import require_count
+from .sizes import require_counts
 
 
 def one_f_one_b(ranks: int, microbatches: int) -> Schedule:
@@ -24,8 +24,7 @@ def one_f_one_b(ranks: int, microbatches: int) -> Schedule:
     Raises:
         ValueError: a size is not a whole number from 1 up.
     """
-    require_count("1f1b", "ranks", ranks)
-    require_count("1f1b", "microbatches", microbatches)
+    require_counts("1f1b", ranks=ranks, microbatches=microbatches)
     rows = tuple(_row(rank, ranks, microbatches) for rank in range(ranks))
     return Schedule("1f1b", Placement((tuple(range(ranks)),), (0,) * microbatches), rows)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..schedule import Schedule
 from .building_block import repeat_block
-from .sizes import require_count
+from .sizes import require_counts
 
 
 def v_half(ranks: int, microbatches: int) -> Schedule:
@@ -26,7 +26,7 @@ def v_half(ranks: int, microbatches: int) -> Schedule:
     Raises:
         ValueError: a size is not a whole number from 1 up.
     """
-    require_count("v-half", "ranks", ranks)
+    require_counts("v-half", ranks=ranks, microbatches=microbatches)
     # Where P is even the second half waits for 3 ticks, or two actions would share a tick.
     wait = 0 if ranks % 2 else 3
     block = [

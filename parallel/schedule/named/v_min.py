@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..schedule import Schedule
 from .building_block import repeat_block
-from .sizes import require_count
+from .sizes import require_counts
 
 
 def v_min(ranks: int, microbatches: int) -> Schedule:
@@ -25,7 +25,7 @@ def v_min(ranks: int, microbatches: int) -> Schedule:
     Raises:
         ValueError: a size is not a whole number from 1 up.
     """
-    require_count("v-min", "ranks", ranks)
+    require_counts("v-min", ranks=ranks, microbatches=microbatches)
     # Where P is a multiple of 3 the second half waits for 2 ticks, or two actions would share one.
     wait = 0 if ranks % 3 else 2
     block = [

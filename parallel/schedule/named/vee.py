@@ -13,7 +13,7 @@ from enum import IntEnum
 from ..actions import Action, Op
 from ..placement import Placement
 from ..schedule import Schedule
-from .sizes import require_count
+from .sizes import require_counts
 
 
 class Kind(IntEnum):
@@ -67,8 +67,7 @@ def run_clock(name: str, ranks: int, microbatches: int, limit: int, rule: Rule) 
     Raises:
         ValueError: a size is not a whole number from 1 up.
     """
-    require_count(name, "ranks", ranks)
-    require_count(name, "microbatches", microbatches)
+    require_counts(name, ranks=ranks, microbatches=microbatches)
     stages = 2 * ranks
     seats = [Seat(rank) for rank in range(ranks)]
     rows: list[list[Action]] = [[] for _ in seats]

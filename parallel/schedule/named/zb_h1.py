@@ -7,7 +7,7 @@ from collections.abc import Callable
 from ..actions import Action, Op, Step
 from ..placement import Placement
 from ..schedule import Schedule
-from .sizes import require_count
+from .sizes import require_counts
 
 
 def zb_h1(ranks: int, microbatches: int) -> Schedule:
@@ -50,8 +50,7 @@ def split_1f1b(
     Raises:
         ValueError: a size is not a whole number from 1 up.
     """
-    require_count(name, "ranks", ranks)
-    require_count(name, "microbatches", microbatches)
+    require_counts(name, ranks=ranks, microbatches=microbatches)
     rows = tuple(_row(r, microbatches, warmup(r), waiting(r)) for r in range(ranks))
     return Schedule(name, Placement((tuple(range(ranks)),), (0,) * microbatches), rows)
 

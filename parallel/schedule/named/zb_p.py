@@ -12,7 +12,7 @@ from ..placement import Placement
 from ..schedule import Schedule
 from ..times import Times
 from ..tuning import Tuner, as_1f1b, shared
-from .sizes import require_count
+from .sizes import require_counts
 from .zb_h1 import zb_h1
 
 # Constructions: as many as gain anything, fewer where each places many actions.
@@ -88,8 +88,7 @@ def _searched(
     limit: int,
     pending: float | None,
 ) -> Schedule:
-    require_count(name, "ranks", ranks)
-    require_count(name, "microbatches", microbatches)
+    require_counts(name, ranks=ranks, microbatches=microbatches)
     if times is None:
         times = Times.uniform(ranks)
     if times.num_stages != ranks:
@@ -140,7 +139,7 @@ def _score(built: Built) -> tuple[float, ...]:
 
 
 def _longest(schedule: Schedule, times: Times) -> float:
-    """The longest that a rank takes from its first start to its end, messages that queue and all."""
+    """The longest that a rank takes from its first start to its end; messages queue."""
     starts, ends = run(schedule, times)
     return max(ends[after - 1] - starts[first] for first, after in pairwise(schedule.graph.first))
 
