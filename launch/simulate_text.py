@@ -153,7 +153,8 @@ def _about_search(found: SearchResult) -> str:
         if found.best_named is not None
         else "no named schedule keeps the limit"
     )
-    above = f"{found.above_bound:.2%} above the lower bound on the placements tried, {found.bound:g}"
+    bound = f"the lower bound on the placements tried, {found.bound:g}"
+    above = f"{found.above_bound:.2%} above {bound}"
     if found.above_bound < _SAME_RATE:
         above = "which is the lower bound"
     return (
