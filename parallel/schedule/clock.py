@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import cast
 
 from .actions import Action, Op, Step, actions
-from .messages import taker
+from .messages import takers
 from .schedule import Schedule
 from .times import Times
 
@@ -53,17 +52,13 @@ def run(schedule: Schedule, times: Times) -> tuple[list[float], list[float]]:
 
 def outgoing(schedule: Schedule, rank: int, step: Step) -> list[tuple[int, Action]]:
     """The steps on other ranks that need a step's results, and whose results, as they are sent."""
-    find = cast("Callable[[tuple[int, Op, int]], int | None]", schedule.numbers.get)
-    found: list[tuple[int, Action]] = []
-    for action in actions(step):
-        stage = taker(action, schedule.num_stages)
-        if stage is None or schedule.placement.rank(stage, action.microbatch) == rank:
-            continue
-        for op in (Op.F,) if action.op is Op.F else (Op.B, Op.I):
-            number = find((stage, op, action.microbatch))
-            if number is not None:
-                found.append((number, action))
-    return found
+    numbers, rank_of = schedule.numbers, schedule.graph.rank_of
+    return [
+        (numbers[taking], action)
+        for action in actions(step)
+        for taking in takers(action, schedule.num_stages)
+        if taking in numbers and rank_of[numbers[taking]] != rank
+    ]
 
 
 def occupied(times: Times, action: Action) -> float:

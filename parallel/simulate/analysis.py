@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
 from ..schedule import Action, Step
+from ..schedule.clock import row_ends
 from .events import Delivery, Finish, Result, Transfer
 
 
@@ -105,6 +106,7 @@ def waits(result: Result) -> tuple[tuple[Wait, ...], ...]:
 def idle_by_cause(result: Result) -> tuple[Idle, ...]:
     """Per rank, where its idle time goes."""
     found: list[Idle] = []
+    row_end = row_ends(result.plan, result.ends)
     for rank, mine in enumerate(waits(result)):
         on_rank: dict[int, float] = {}
         travelling = 0.0
@@ -113,8 +115,8 @@ def idle_by_cause(result: Result) -> tuple[Idle, ...]:
             waited = wait.end - wait.start - wait.travelling
             if waited > 0:
                 on_rank[wait.source] = on_rank.get(wait.source, 0.0) + waited
-        row, finish = result.spans[rank], result.finish[rank]
-        after = finish[-1].end - (row[-1].end if row else 0.0) if finish else 0.0
+        finish = result.finish[rank]
+        after = finish[-1].end - row_end[rank] if finish else 0.0
         in_finish = after - sum(part.end - part.start for part in finish)
         found.append(
             Idle(
@@ -187,10 +189,10 @@ def _ended_at(result: Result, part: Finish, rank: int, index: int) -> tuple[int,
         "mirror": result.plan.placement.replicas(part.stage),
         "optimizer": range(result.ranks),
     }[part.kind]
+    row_end = row_ends(result.plan, result.ends)
     others = ((r, len(result.finish[r])) for r in met if r != rank)
     for candidate, most in ((rank, index), *others):
-        row = result.spans[candidate]
-        ends = [row[-1].end if row else 0.0, *(done.end for done in result.finish[candidate])]
+        ends = [row_end[candidate], *(done.end for done in result.finish[candidate])]
         for count in range(most, -1, -1):
             if ends[count] == part.start:
                 return candidate, count

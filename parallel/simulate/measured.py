@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from statistics import median
+from typing import TypeAlias
 
 from ..schedule import Pair, Schedule, Step
 from .costs import Costs
+
+# What steps have one cost: kind and stage, or of a pair both stages.
+_Kind: TypeAlias = tuple[str, int] | tuple[str, int, int]
 
 
 def measured_costs(
@@ -25,7 +29,7 @@ def measured_costs(
     Raises:
         ValueError: a kind of step that the schedule has was not measured; the message names one.
     """
-    times: dict[tuple[str, ...], list[float]] = {}
+    times: dict[_Kind, list[float]] = {}
     for step, time in durations:
         times.setdefault(_kind(step), []).append(time)
     medians = {kind: median(of) for kind, of in times.items()}
@@ -33,14 +37,13 @@ def measured_costs(
         for step in row:
             if _kind(step) not in medians:
                 raise ValueError(f"no step such as {step} was measured")
-    stages = [str(stage) for stage in range(schedule.num_stages)]
     pairs = max((t for kind, t in medians.items() if kind[0] == "pair"), default=0.0)
 
     def by_stage(op: str, missing: float = 0.0) -> list[float]:
-        return [medians.get((op, stage), missing) for stage in stages]
+        return [medians.get((op, stage), missing) for stage in range(schedule.num_stages)]
 
     def pair(forward: int, backward: int) -> float:
-        return medians.get(("pair", stages[forward], stages[backward]), 0.0)
+        return medians.get(("pair", forward, backward), 0.0)
 
     # A stage may have its forwards in pairs only; some time is needed for the one of which it has
     # none.
@@ -50,7 +53,7 @@ def measured_costs(
     )
 
 
-def _kind(step: Step) -> tuple[str, ...]:
+def _kind(step: Step) -> _Kind:
     if isinstance(step, Pair):
-        return "pair", str(step.forward.stage), str(step.backward.stage)
-    return step.op.value, str(step.stage)
+        return "pair", step.forward.stage, step.backward.stage
+    return step.op.value, step.stage
