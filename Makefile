@@ -7,7 +7,7 @@ CONFIG ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
-ROOMS := comm launch model parallel
+ROOMS := comm fp8 launch model parallel
 
 .PHONY: help venv train test check bench gpu
 
@@ -47,6 +47,7 @@ test: check
 bench: $(STAMP)
 	$(BIN)/python -m bench.pipeline
 	$(BIN)/python -m bench.simulate
+	$(BIN)/python -m bench.dispatch
 
 # A GPU machine brings its own torch, matched to its driver, and may have no network.
 gpu:

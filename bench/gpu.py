@@ -3,8 +3,8 @@
     python -m bench.gpu [--repeats 20]
 
 First the ceilings (copy bandwidth, bf16 matrix product), then the grouped expert product beside
-one product for each expert, and a training step of a small DeepSeek-V3-style model on one GPU.
-Times are medians; results go to bench/results/gpu.json.
+one product for each expert, the reordering of rows in a dispatch, and a training step of a small
+DeepSeek-V3-style model on one GPU. Times are medians; results go to bench/results/gpu.json.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from counterflow.comm import dispatcher
 from counterflow.launch.engine import Engine
 from counterflow.model import ModelConfig, num_active_parameters
 from counterflow.model.grouped import grouped_linear
@@ -77,6 +78,32 @@ def experts(repeats: int) -> dict[str, float]:
     }
 
 
+def dispatch(repeats: int) -> dict[str, float]:
+    """Putting rows in order and summing them at V3's sizes on one GPU, where nothing is sent.
+
+    Bandwidths count each row once read and once written, as `copy_tb_per_s` does.
+    """
+    tokens, top_k, hidden, num = 4096, 8, 7168, 32
+    generator = torch.Generator().manual_seed(0)
+    choice = torch.rand(tokens, num, generator=generator).topk(top_k).indices.cuda()
+    weights = torch.rand(tokens, top_k, generator=generator).cuda()
+    x = torch.randn(tokens, hidden, dtype=torch.bfloat16, device="cuda")
+    d = dispatcher("flat", Mesh(MeshShape()), num_experts=num)
+    out = d.dispatch(x, choice, weights)
+    moved = 2 * out.rows_ND.numel() * out.rows_ND.element_size()
+
+    def bandwidth(milliseconds: float) -> float:
+        return moved / milliseconds * 1e3 / 1e12
+
+    again = median_ms(lambda: d.dispatch(x, choice, weights, out.handle), repeats)
+    back = median_ms(lambda: d.combine(out.rows_ND, out.handle), repeats)
+    return {
+        "preprocess_ms": median_ms(lambda: d.start_preprocess(choice).finish(), repeats),
+        "dispatch_tb_per_s": bandwidth(again),
+        "combine_tb_per_s": bandwidth(back),
+    }
+
+
 def training(repeats: int) -> dict[str, float]:
     """A step of a model with V3's proportions at a sixteenth of its experts, one GPU, bf16."""
     config = ModelConfig(
@@ -125,6 +152,7 @@ def main() -> None:
     parts: dict[str, dict[str, Any]] = {
         "ceilings": ceilings(repeats),
         "experts": experts(repeats),
+        "dispatch": dispatch(repeats),
         "training": training(max(3, repeats // 4)),
     }
     path = write_result("gpu", parts)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 from counterflow import __version__  # the root package is no room, so no relative import finds it
 
 from .simulate_options import add_arguments as add_simulate_arguments
+from .traffic_options import add_arguments as add_traffic_arguments
 
 if TYPE_CHECKING:
     from .config import Config
@@ -72,6 +73,29 @@ def _parser() -> _Parser:
     )
     add_simulate_arguments(simulate)
     simulate.set_defaults(run=_simulate)
+
+    traffic = commands.add_parser(
+        "traffic", help="which rank sends how much to which, for a routing", allow_abbrev=False
+    )
+    add_traffic_arguments(traffic)
+    traffic.set_defaults(run=_traffic)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="what this machine has, and where the ranks of a launch are",
+        description="Tells what this machine has. Under torchrun, mpirun or srun rank 0 also tells "
+        "where every rank is.",
+        allow_abbrev=False,
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.add_argument(
+        "--timeout-s",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="how long to wait for other ranks, seconds (default 60)",
+    )
+    doctor.set_defaults(run=_doctor)
 
     report = commands.add_parser("report", help="write the report of a run again")
     report.add_argument("folder", metavar="runs/NAME")
@@ -210,6 +234,18 @@ def _train_help() -> str:
 
 def _simulate(parsed: argparse.Namespace) -> int:
     from .simulate_command import run
+
+    return run(parsed)
+
+
+def _traffic(parsed: argparse.Namespace) -> int:
+    from .traffic_command import run
+
+    return run(parsed)
+
+
+def _doctor(parsed: argparse.Namespace) -> int:
+    from .doctor import run
 
     return run(parsed)
 

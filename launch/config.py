@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from ..comm.dispatch.names import DispatcherName, PayloadName
 from ..model import ModelConfig
 from ..parallel.mesh import MeshShape
 from ..parallel.schedule import names
@@ -83,6 +84,35 @@ class ScheduleConfig:
         _require("schedule.microbatches", self.microbatches, self.microbatches >= 1, "1 or more")
         stages = self.stages_per_rank
         _require("schedule.stages_per_rank", stages, stages is None or stages >= 1, "1 or more")
+
+
+@dataclass(frozen=True)
+class DispatchConfig:
+    """How tokens get to their experts and back, where mesh.ep is above 1."""
+
+    backend: DispatcherName = option(  # noqa: RUF009
+        "auto",
+        "flat: a row for each of a token's experts; dedup: one for each rank; two_hop: one for "
+        "each node, and from there to its ranks; deep_ep: DeepEP's kernels; auto: by the topology",
+    )
+    payload: PayloadName = option(  # noqa: RUF009
+        "exact",
+        "exact: rows travel in train.dtype; bf16; fp8: to the experts in E4M3 with scales of 1x128 "
+        "tiles, back in bf16",
+    )
+    chunks: int = option(4, "pieces of a micro-batch that two_hop has on their way at once")
+    node_limit: int | None = option(
+        None,
+        "most nodes that a token may reach; none: model.topk_group where the router has groups; "
+        "0: any number",
+    )
+
+    def __post_init__(self) -> None:
+        _choice("dispatch.backend", self.backend, DispatcherName)
+        _choice("dispatch.payload", self.payload, PayloadName)
+        _require("dispatch.chunks", self.chunks, self.chunks >= 1, "1 or more")
+        limit = self.node_limit
+        _require("dispatch.node_limit", limit, limit is None or limit >= 0, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -224,6 +254,7 @@ class Config:
     mesh: MeshShape = field(default_factory=lambda: MeshShape(pp=2, dp=2, ep=2))
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     model: ModelConfig = field(default_factory=small_model)
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..comm.collectives import sum_over
-from ..comm.dispatch import dispatcher
+from ..comm.dispatch import Dispatcher, dispatcher
 from ..model import ModelConfig, build_parts, partition, shared_parameters, updated_bias
 from ..model.experts import Experts
 from ..model.router import Router
@@ -63,6 +64,7 @@ class Engine:
         config: the model.
         mesh: this rank's place; its process groups are made.
         schedule: the pipeline's order; stages are a balanced cut of the model.
+        experts: moves tokens to their experts and back; by default what the topology calls for.
         dtype: of parameters and activations.
         device: where this rank computes.
         betas, eps, weight_decay: of AdamW.
@@ -70,6 +72,7 @@ class Engine:
 
     Attributes:
         parts: the model's parts on this rank, by stage.
+        experts: the dispatcher that they share.
         parameters: this rank's parameters by name; a name is one parameter on every rank.
     """
 
@@ -79,6 +82,7 @@ class Engine:
         mesh: Mesh,
         schedule: Schedule,
         *,
+        experts: Dispatcher[Any] | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -90,7 +94,16 @@ class Engine:
         self.config = config
         held = schedule.placement.stages(mesh.pp_rank)
         cut = partition(config, schedule.num_stages)
-        experts = dispatcher("flat", mesh, num_experts=config.n_routed_experts, timeout_s=timeout_s)
+        if experts is None:
+            experts = dispatcher(
+                "auto", mesh, num_experts=config.n_routed_experts, timeout_s=timeout_s
+            )
+        if experts.layout.is_redundant:
+            raise ValueError(
+                "this layout has several copies of an expert, whose weights training would let "
+                "drift apart; use a layout with one slot for each expert"
+            )
+        self.experts = experts
         built = build_parts(config, [cut[s] for s in held], experts, dtype=dtype, device=device)
         self.parts = dict(zip(held, built, strict=True))
         last = self.parts.get(schedule.num_stages - 1)

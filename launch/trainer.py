@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from .check import open_data, step_schedules
 from .config import Config
 from .data import Loader, unigram_entropy
 from .engine import Engine, StepResult
+from .experts import make_experts
 from .folder import RESULTS
 from .metrics import MetricsWriter
 from .progress import Progress
@@ -63,6 +65,7 @@ def train(config: Config, folder: Path) -> None:
             where.run = run
             run.all_steps()
             result = run.finish()
+            run.engine.experts.close()
             if result is not None:
                 _conclude(folder, result)
 
@@ -103,6 +106,7 @@ class _Run:
             config.model,
             mesh,
             self.full,
+            experts=make_experts(config, mesh),
             dtype=getattr(torch, train_config.dtype),
             device=device,
             betas=train_config.betas,
@@ -163,6 +167,7 @@ class _Run:
     def finish(self) -> dict[str, Any] | None:
         """Gather what the report needs and write it; returns the result on rank 0."""
         self._write_timeline()
+        dispatch = self._dispatch_totals()
         if self.mesh.rank:
             return None
         config, train = self.config, self.config.train
@@ -185,6 +190,7 @@ class _Run:
             "mesh": {"pp": config.mesh.pp, "dp": config.mesh.dp, "ep": config.mesh.ep},
             "schedule": self.full.name,
             "microbatches": self.full.num_microbatches,
+            "dispatch": dispatch,
             "tokens": self.tokens,
             "max_vio": float(np.mean([r.max_vio for r in results])),
             "parameters": num_parameters(config.model, mtp=True),
@@ -257,12 +263,13 @@ class _Run:
         )
 
     def _introduction(self) -> str:
-        config, shape = self.config, self.mesh.shape
+        config, shape, experts = self.config, self.mesh.shape, self.engine.experts
         nodes = f"{self.mesh.num_nodes} node{'s' if self.mesh.num_nodes > 1 else ''}"
         return (
             f"{num_parameters(config.model, mtp=True):,} parameters, {self.corpus.name}; "
             f"pp {shape.pp} x dp {shape.dp} (ep {shape.ep}) on {nodes}, {self.device.type}; "
-            f"{self.full.name}, {self.full.num_microbatches} micro-batches"
+            f"{self.full.name}, {self.full.num_microbatches} micro-batches; "
+            f"dispatch {experts.name} ({experts.why})"
         )
 
     def _write(
@@ -281,6 +288,23 @@ class _Run:
             tokens_per_second=rate,
             max_vio=result.max_vio,
         )
+
+    def _dispatch_totals(self) -> dict[str, Any]:
+        """Which dispatcher ran, and what all ranks sent with it."""
+        experts = self.engine.experts
+        mine = (sum(map(sum, experts.sent_bytes.values())), experts.crossed_bytes)
+        world = dist.group.WORLD if dist.is_initialized() else None
+        with self.engine.pipeline.at("adding up what was sent"):
+            sent, crossed = zip(
+                *gather(mine, world, "bytes sent", board=self.mesh.waits), strict=True
+            )
+        return {
+            "backend": experts.name,
+            "why": experts.why,
+            "payload": self.config.dispatch.payload,
+            "sent_bytes": sum(sent),
+            "crossed_bytes": sum(crossed),
+        }
 
     def _write_timeline(self) -> None:
         """The last step as the ranks of the first pipeline ran it."""

@@ -180,7 +180,7 @@ def _await_all(store: Store, place: Place, timeout_s: float) -> None:
 def _late(place: Place, timeout_s: float, what: str) -> str:
     return (
         f"no answer within {timeout_s:g} s{what}; start all {place.world_size} ranks, or raise "
-        "run.timeout_s if they need longer"
+        "the limit (run.timeout_s of a run) if they need longer"
     )
 
 

@@ -39,12 +39,12 @@ class Experts(nn.Module):
     Attributes:
         gate_up_proj: [E, 2 I, D]; gate in the first I rows, up in the others.
         down_proj: [E, D, I].
-        local: which of the model's experts these are.
+        local: which of the model's experts these are, in order.
     """
 
     def __init__(
         self,
-        local: range,
+        local: Sequence[int],
         size: int,
         inner: int,
         *,
@@ -68,4 +68,4 @@ class Experts(nn.Module):
 
     def extra_repr(self) -> str:
         count, size, inner = self.down_proj.shape
-        return f"{count} experts (from {self.local.start}), {size} -> {inner} -> {size}"
+        return f"{count} experts (from {self.local[0]}), {size} -> {inner} -> {size}"

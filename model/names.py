@@ -11,7 +11,7 @@ and for multi-token prediction, whose published layers hold copies of embedding 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,7 +71,7 @@ def hf_copies(config: ModelConfig) -> dict[str, str]:
     return copies
 
 
-def _local_experts(part: DeepSeekV3) -> range:
+def _local_experts(part: DeepSeekV3) -> Sequence[int]:
     """Which experts this rank has; all layers have the same."""
     for module in part.modules():
         if isinstance(module, Experts):
@@ -79,7 +79,7 @@ def _local_experts(part: DeepSeekV3) -> range:
     return range(0)
 
 
-def _views(name: str, tensor: Tensor, experts: range) -> Iterator[tuple[str, Tensor]]:
+def _views(name: str, tensor: Tensor, experts: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
     """The Hugging Face tensors within one of ours."""
     stem, _, leaf = name.rpartition(".")
     if not stem.endswith(".mlp.experts"):

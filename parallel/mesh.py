@@ -7,16 +7,18 @@ dp / ep groups, as DeepSeek-V3 does (PP16, EP64, DP128; arXiv 2412.19437, sectio
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, cast
 
+from ..comm.topology import gather_topology, warn_of_spread
 from ..comm.waiting import WaitBoard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from ..comm.dispatch.lane import Lane
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ class Mesh:
         nodes: the node index of every global rank.
         pp_group, dp_group, ep_group, edp_group: process groups, ordered as in shape's `*_peers`.
         waits: what this rank is waiting for at the moment.
+        dispatch_lane: runs the moves of all dispatchers over this mesh in one order, since they
+            share groups; the first dispatcher makes it.
     """
 
     def __init__(self, shape: MeshShape, rank: int = 0, nodes: Sequence[int] | None = None) -> None:
@@ -145,6 +149,7 @@ class Mesh:
         self.ep_group: ProcessGroup | None = None
         self.edp_group: ProcessGroup | None = None
         self.waits = WaitBoard()
+        self.dispatch_lane: Lane | None = None
         self._made: dict[tuple[str, tuple[int, ...]], ProcessGroup | None] = {}
 
     @property
@@ -169,11 +174,13 @@ class Mesh:
         Args:
             shape: sizes; must fit the initialised world, or be 1 x 1 where torch.distributed is not
                 initialised.
-            nodes: node index of every rank; by default from torchrun's environment.
+            nodes: node index of every rank; by default what torchrun, MPI or Slurm tells (see
+                `comm.topology`), or else the hosts.
             timeout_s: limit of every collective in the groups, seconds.
 
         Raises:
             ValueError: the world does not fit; no group has been made then.
+            CommError: a rank did not tell its node within the limit of torch.distributed's world.
         """
         import torch.distributed as dist
 
@@ -182,7 +189,11 @@ class Mesh:
             return cls(shape, 0, nodes)
         shape.require_world_size(dist.get_world_size())
         rank = dist.get_rank()
-        mesh = cls(shape, rank, nodes if nodes is not None else _nodes_of_world())
+        if nodes is None:
+            nodes = gather_topology(timeout_s=timeout_s).nodes
+        mesh = cls(shape, rank, nodes)
+        if rank == 0:
+            warn_of_spread((shape.ep_peers(r) for r in range(shape.world_size)), mesh.nodes)
 
         def group(peers_of: str) -> ProcessGroup | None:
             every = {getattr(shape, peers_of)(r) for r in range(shape.world_size)}
@@ -220,60 +231,46 @@ class Mesh:
         found = ((ranks, self._made[purpose, ranks]) for ranks in sorted(set(sets)))
         return {ranks: group for ranks, group in found if group is not None}
 
+    def group_among(
+        self, sets: Iterable[tuple[int, ...]], purpose: str, *, timeout_s: float = 300.0
+    ) -> ProcessGroup | None:
+        """This rank's process group among these sets of global ranks, which share no rank.
+
+        A collective of the world, as `groups_within_pipelines`.
+
+        Args:
+            sets: each ascending, the same on all ranks.
+            purpose: groups of different purposes are different, even of the same ranks.
+            timeout_s: limit of every collective in the groups, seconds.
+
+        Returns:
+            None where this rank is alone in its set, or in none.
+        """
+        every = sorted(set(sets))
+        key = (purpose, next((ranks for ranks in every if self.rank in ranks), ()))
+        if key not in self._made:
+            self._made[key] = self._make_group(every, timeout_s)
+        return self._made[key]
+
     def _make_group(
         self, every: Iterable[tuple[int, ...]], timeout_s: float
     ) -> ProcessGroup | None:
         """Make a group of each of these, none of one rank; returns the one that this rank is in."""
         import torch.distributed as dist
 
+        several = [ranks for ranks in every if len(ranks) > 1]
+        if not several:
+            return None
         # Headers of CUDA transfers are CPU tensors, which need gloo beside NCCL.
         backend = "cpu:gloo,cuda:nccl" if dist.get_backend() == "nccl" else None
         mine = None
         # Every rank makes every group, in one order: new_group is a collective of the world.
-        for ranks in every:
-            if len(ranks) > 1:
-                limit = timedelta(seconds=timeout_s)
-                made = dist.new_group(list(ranks), timeout=limit, backend=backend)
-                if self.rank in ranks:  # elsewhere `made` is a mark, not a group
-                    mine = cast("ProcessGroup", made)
+        for ranks in several:
+            limit = timedelta(seconds=timeout_s)
+            made = dist.new_group(list(ranks), timeout=limit, backend=backend)
+            if self.rank in ranks:  # elsewhere `made` is a mark, not a group
+                mine = cast("ProcessGroup", made)
         return mine
-
-
-def node_of_process(environ: Mapping[str, str] = os.environ) -> int:
-    """Index of this process's node, as the environment tells it; 0 where it does not.
-
-    torchrun gives GROUP_RANK. Other launchers that give RANK and LOCAL_WORLD_SIZE number their
-    processes node by node, LOCAL_WORLD_SIZE on each.
-
-    Raises:
-        ValueError: one of these is not a whole number.
-    """
-
-    def number(name: str, least: int) -> int | None:
-        text = environ.get(name)
-        if text is None:
-            return None
-        if not text.isascii() or not text.isdigit() or int(text) < least:
-            raise ValueError(
-                f"the environment's {name}={text!r} is not a whole number from {least} up; "
-                "start through torchrun, or correct it"
-            )
-        return int(text)
-
-    node = number("GROUP_RANK", 0)
-    if node is not None:
-        return node
-    rank, per_node = number("RANK", 0), number("LOCAL_WORLD_SIZE", 1)
-    return 0 if rank is None or per_node is None else rank // per_node
-
-
-def _nodes_of_world() -> tuple[int, ...]:
-    """Node of every rank, gathered from what each one's environment says."""
-    import torch.distributed as dist
-
-    gathered: list[int | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, node_of_process())
-    return tuple(int(node or 0) for node in gathered)
 
 
 def _require_size(what: str, size: object) -> None:

@@ -47,9 +47,9 @@ def refused(_rank: int, _world: int, shape: tuple[int, int, int], nodes: Any = N
 def nodes_from_environment(
     rank: int, world: int, per_node: int, by_group_rank: bool
 ) -> tuple[tuple[int, ...], int, int]:
-    told = {"RANK": str(rank), "LOCAL_WORLD_SIZE": str(per_node)}
+    told = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(per_node)}
     if by_group_rank:
-        told = {"GROUP_RANK": str(rank // per_node)}
+        told["GROUP_RANK"] = str(rank // per_node)
     with mock.patch.dict(os.environ, told):
         mesh = Mesh.create(MeshShape(1, world, world))
     return mesh.nodes, mesh.node, mesh.num_nodes

@@ -8,6 +8,9 @@
 Each case gets a fresh gloo world of the size asked for. The processes are forked from a server that
 has torch imported already, so eight of them cost one import. A case that takes too long is ended,
 with its processes; the next case gets new ones.
+
+A pool can stand on the hosts of a `bench.hosts.network`: its ranks then talk through these hosts'
+links and loopbacks, and nothing else.
 """
 
 from __future__ import annotations
@@ -15,11 +18,14 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import socket
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from bench.hosts import LINK, Host, enter
 
 _PRELOAD = ["torch", "torch.distributed", "counterflow.parallel.chunk"]
 
@@ -38,8 +44,12 @@ class RankError(AssertionError):
         self.errors = errors
 
 
-def _serve(connection: Connection, index: int) -> None:
+def _serve(connection: Connection, index: int, host: Host | None) -> None:
     os.environ.setdefault("NCCL_HOSTID", f"counterflow-test-{index}")
+    if host is not None:
+        enter(host.namespace)  # before there is a socket, and a second thread to stay behind
+        os.environ["GLOO_SOCKET_IFNAME"] = LINK
+    threading.Thread(target=_end_with_pool, daemon=True).start()
     import torch
     import torch.distributed as dist
 
@@ -49,12 +59,12 @@ def _serve(connection: Connection, index: int) -> None:
             task = connection.recv()
         except EOFError:
             return
-        function, rank, world, port, timeout_s, backend, kwargs = task
+        function, rank, world, master, timeout_s, backend, kwargs = task
         try:
             torch.manual_seed(0)
             dist.init_process_group(
                 backend,
-                init_method=f"tcp://127.0.0.1:{port}",
+                init_method=f"tcp://{master}",
                 rank=rank,
                 world_size=world,
                 timeout=timedelta(seconds=timeout_s),
@@ -71,10 +81,24 @@ def _serve(connection: Connection, index: int) -> None:
             connection.send((False, repr(error), traceback.format_exc()))
 
 
-class RankPool:
-    """Processes that take cases. Use as a context manager; `close` ends them all."""
+def _end_with_pool() -> None:
+    """End this process once the pool's is gone, killed perhaps in the middle of a case."""
+    owner = mp.parent_process()
+    assert owner is not None
+    owner.join()
+    os._exit(1)
 
-    def __init__(self) -> None:
+
+class RankPool:
+    """Processes that take cases. Use as a context manager; `close` ends them all.
+
+    Args:
+        hosts: the host of each rank, from a network that outlives the pool; None: the ranks share
+            this process's network.
+    """
+
+    def __init__(self, hosts: Sequence[Host] | None = None) -> None:
+        self._hosts = hosts
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self._context = mp.get_context("forkserver")
         self._context.set_forkserver_preload(_PRELOAD)
@@ -96,19 +120,24 @@ class RankPool:
 
         Raises:
             RankError: a rank raised, died, or did not answer within `timeout_s`.
+            ValueError: the pool has hosts, but for fewer ranks.
         """
+        if self._hosts is not None and world > len(self._hosts):
+            raise ValueError(f"{world} ranks, but hosts for {len(self._hosts)} were given")
         while len(self._members) < world:
             here, there = self._context.Pipe()
-            process = self._context.Process(
-                target=_serve, args=(there, len(self._members)), daemon=True
-            )
+            index = len(self._members)
+            host = None if self._hosts is None else self._hosts[index]
+            process = self._context.Process(target=_serve, args=(there, index, host), daemon=True)
             process.start()
             there.close()
             self._members.append((process, here))
         members = self._members[:world]
-        port = free_port()
+        master = f"127.0.0.1:{free_port()}"
+        if self._hosts is not None:  # the first rank opens the port, on its host
+            master = f"{self._hosts[0].address}:{self._hosts[0].call(free_port)}"
         for rank, (_, connection) in enumerate(members):
-            connection.send((function, rank, world, port, timeout_s, backend, kwargs))
+            connection.send((function, rank, world, master, timeout_s, backend, kwargs))
         answers: dict[int, Any] = {}
         waiting = {connection: rank for rank, (_, connection) in enumerate(members)}
         while waiting:

@@ -1,41 +1,47 @@
 """Expert-parallel dispatch and combine: each token's row to its experts' ranks, and back.
 
-`base` has the interface and what every backend shares, `exchange` the all-to-all with a limit,
-`autograd` the differentiable form of any backend, `flat` the first backend.
+`base` has the interface and what every backend shares, `autograd` its differentiable form, `choice`
+makes one. `hops` is the engine of flat, dedup and two_hop; `route`, `pieces`, `moves` and `expand`
+are its steps, and `reference` says plainly what it computes. `layout`, `grid` and `balance` say
+where experts are, and where they should be; they need no torch, so names are imported on first use.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-import difflib
-from typing import Any
+if TYPE_CHECKING:
+    from .balance import balanced_layout, balanced_layouts
+    from .base import Arrived, Dispatched, Dispatcher, Handle
+    from .choice import dispatcher
+    from .exchange import Pending
+    from .layout import ExpertLayout
 
-from ...parallel.mesh import Mesh
-from .base import Dispatched, Dispatcher, Handle
-from .exchange import Pending
-from .flat import Flat
+_HOMES = {
+    "Arrived": "base",
+    "Dispatched": "base",
+    "Dispatcher": "base",
+    "ExpertLayout": "layout",
+    "Handle": "base",
+    "Pending": "exchange",
+    "balanced_layout": "balance",
+    "balanced_layouts": "balance",
+    "dispatcher": "choice",
+}
+__all__ = [
+    "Arrived",
+    "Dispatched",
+    "Dispatcher",
+    "ExpertLayout",
+    "Handle",
+    "Pending",
+    "balanced_layout",
+    "balanced_layouts",
+    "dispatcher",
+]
 
-__all__ = ["Dispatched", "Dispatcher", "Handle", "Pending", "dispatcher"]
 
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
 
-def dispatcher(
-    name: str, mesh: Mesh, *, num_experts: int, timeout_s: float = 300.0
-) -> Dispatcher[Any]:
-    """The dispatcher called `name`, over the expert-parallel group of `mesh`.
-
-    Args:
-        name: "flat": one all-to-all over the whole group, a row for each (token, expert).
-        mesh: made by `Mesh.create` where ep > 1.
-        num_experts: routed experts, spread evenly and contiguously over the ep ranks.
-        timeout_s: limit of every wait for peers, seconds.
-
-    Raises:
-        ValueError: unknown name, or experts that do not spread evenly.
-    """
-    backends = {"flat": Flat}
-    if name not in backends:
-        nearest = difflib.get_close_matches(name, backends, n=1, cutoff=0.0)[0]
-        raise ValueError(
-            f"there is no dispatcher {name!r}; did you mean {nearest!r}? "
-            f"(known: {', '.join(backends)})"
-        )
-    return backends[name](mesh, num_experts=num_experts, timeout_s=timeout_s)
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -13,20 +13,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .base import Dispatcher, Handle
+from .payload import Tiles
 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, dispatcher: Dispatcher[Any], handle: Handle, x_TD: Tensor, weights_TK: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tiles | None]:
         ctx.dispatcher, ctx.handle = dispatcher, handle
-        return dispatcher.start_dispatch(x_TD, weights_TK, handle).finish()
+        arrived = dispatcher.start_dispatch(x_TD, weights_TK, handle).finish()
+        assert arrived.weights_N is not None
+        return arrived.rows_ND, arrived.weights_N, arrived.tiles
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad_rows_ND: Tensor, grad_weights_N: Tensor
+        ctx: Any, grad_rows_ND: Tensor, grad_weights_N: Tensor, _: None
     ) -> tuple[None, None, Tensor | None, Tensor | None]:
         _, _, needs_x, needs_weights = ctx.needs_input_grad
         pending = ctx.dispatcher.start_dispatch_backward(
@@ -51,8 +54,8 @@ class _Combine(torch.autograd.Function):
 
 def dispatch(
     dispatcher: Dispatcher[Any], handle: Handle, x_TD: Tensor, weights_TK: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(rows_ND, weights_N), differentiable once in x_TD and weights_TK."""
+) -> tuple[Tensor, Tensor, Tiles | None]:
+    """(rows_ND, weights_N, tiles), the first two differentiable once in x_TD and weights_TK."""
     return _Dispatch.apply(dispatcher, handle, x_TD, weights_TK)  # pyright: ignore[reportReturnType]
 
 

@@ -19,33 +19,40 @@ and *gather*, the experts' rows back to their token, summed. The four communicat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...parallel.mesh import Mesh
-from .exchange import ExpertGroup, Pending
+from .exchange import Pending
+from .layout import ExpertLayout
+from .payload import Payload, Tiles
 
 
-@dataclass(frozen=True)
 class Handle:
-    """The route of one dispatch. Opaque but for these sizes; may serve again (recomputation).
+    """The route of one dispatch, opaque but for these sizes.
+
+    It may serve again, for recomputation: only the first dispatch with it carries indices.
 
     Attributes:
         num_tokens: T.
         top_k: K.
-        counts: rows of each local expert; they add up to N.
+        counts: rows of each local slot, padding included; known once the first dispatch with this
+            handle is finished, with most backends once the handle is there.
     """
 
-    num_tokens: int
-    top_k: int
-    counts: list[int]
+    def __init__(self, num_tokens: int, top_k: int) -> None:
+        self.num_tokens = num_tokens
+        self.top_k = top_k
+        self.counts: list[int] = []
+        self.was_dispatched = False
 
     @property
     def num_rows(self) -> int:
-        """N, the rows routed to this rank."""
+        """N, the rows handed to this rank's experts."""
         return sum(self.counts)
 
 
@@ -54,16 +61,47 @@ class Dispatched:
     """What arrived at this rank's experts.
 
     Attributes:
-        rows_ND: grouped by local expert, contiguous; within an expert by source rank, then token.
-        weights_N: the router's weight of each row.
-        counts: rows of each local expert, in order; zeros allowed.
+        rows_ND: grouped by local slot, contiguous; within a slot by source rank, then token, then
+            padding of zeros.
+        weights_N: the router's weight of each row; 0 of padding.
+        counts: rows of each local slot, padding included, in order; zeros allowed.
         handle: what `combine` needs.
+        tiles: the rows as they travelled, where the payload is "fp8".
     """
 
     rows_ND: Tensor
     weights_N: Tensor
     counts: list[int]
     handle: Handle
+    tiles: Tiles | None = None
+
+
+class Arrived(NamedTuple):
+    """What a spread brought: fields as of `Dispatched`; weights where they were sent."""
+
+    rows_ND: Tensor
+    weights_N: Tensor | None
+    tiles: Tiles | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all backends take; see `dispatcher`."""
+
+    payload: Payload = field(default_factory=Payload)
+    alignment: int = 1
+    node_limit: int | None = None
+    chunks: int = 4
+    check: bool | None = None
+    timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        for name in ("alignment", "chunks", "node_limit"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number from 1 up, got {value!r}")
+        if not self.timeout_s > 0:
+            raise ValueError(f"timeout_s must be above 0 seconds, got {self.timeout_s!r}")
 
 
 H = TypeVar("H", bound=Handle)
@@ -78,18 +116,41 @@ class Dispatcher(ABC, Generic[H]):
     never runs and its peers wait in vain.
 
     Attributes:
+        name: "flat", "dedup", "two_hop" or "deep_ep".
+        why: why this one, in a sentence.
+        layout: which expert stands where.
         num_experts: E, over the whole group.
-        local_experts: the experts of this rank.
+        local_experts: the expert in each slot of this rank.
+        sent_bytes: by operation, the payload bytes sent to each ep rank so far.
     """
 
-    def __init__(self, mesh: Mesh, *, num_experts: int, timeout_s: float) -> None:
-        if num_experts < 1:
-            raise ValueError(f"num_experts must be at least 1, got {num_experts}")
-        mesh.shape.require_experts(num_experts)
-        self.num_experts = num_experts
-        share = num_experts // mesh.shape.ep
-        self.local_experts = range(mesh.ep_rank * share, (mesh.ep_rank + 1) * share)
-        self._group = ExpertGroup(mesh, timeout_s)
+    name: str
+
+    def __init__(self, mesh: Mesh, layout: ExpertLayout, options: Options) -> None:
+        if layout.num_ranks != mesh.shape.ep:
+            raise ValueError(
+                f"the layout is for {layout.num_ranks} expert-parallel ranks, the mesh has "
+                f"ep={mesh.shape.ep}"
+            )
+        if mesh.shape.ep > 1 and mesh.ep_group is None:
+            raise ValueError(
+                f"this mesh has ep={mesh.shape.ep} but no process groups: make it with Mesh.create"
+            )
+        self.why = "asked for by name"
+        self.layout = layout
+        self.num_experts = layout.num_experts
+        self.local_experts: Sequence[int] = layout.experts_of(mesh.ep_rank)
+        self.sent_bytes: dict[str, list[int]] = {}
+        self.options = options
+        self._nodes = [mesh.nodes[r] for r in mesh.shape.ep_peers(mesh.rank)]
+        self._ep_rank = mesh.ep_rank
+
+    @property
+    def crossed_bytes(self) -> int:
+        """Payload bytes that this rank has sent to other nodes so far."""
+        here = self._nodes[self._ep_rank]
+        away = [rank for rank, node in enumerate(self._nodes) if node != here]
+        return sum(sent[rank] for sent in self.sent_bytes.values() for rank in away)
 
     def dispatch(
         self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, handle: H | None = None
@@ -98,40 +159,42 @@ class Dispatcher(ABC, Generic[H]):
 
         Args:
             x_TD: [T, D], any floating dtype; T may be 0 and may differ by rank.
-            experts_TK: [T, K] int64, in 0..E-1. (On a GPU a value out of range is noticed only once
-                the counts have been exchanged.)
-            weights_TK: [T, K], any floating dtype.
-            handle: from an earlier dispatch of the same `experts_TK` (recomputation): no counts are
-                exchanged then.
+            experts_TK: [T, K] int64, in 0..E-1, or -1 for no expert.
+            weights_TK: [T, K], any floating dtype; those of -1 are not looked at.
+            handle: from an earlier dispatch of the same `experts_TK` (recomputation): no counts and
+                no indices are exchanged then.
 
         Raises:
-            ValueError: a shape, a dtype, a device or an expert's index is wrong.
+            ValueError: a shape, a dtype, a device, an expert's index of any rank (known to all of
+                them at once), or a weight is wrong.
             CommError: a peer died or the limit expired.
         """
         from .autograd import dispatch
 
-        self._check_experts(experts_TK)
         if x_TD.device != experts_TK.device:
             raise ValueError(f"x_TD is on {x_TD.device}, experts_TK on {experts_TK.device}")
         if handle is None:
+            self._check_experts(experts_TK)
             self._check_tokens(x_TD, weights_TK, *experts_TK.shape)
+            self._check_weights(experts_TK, weights_TK)
             handle = self.start_preprocess(experts_TK).finish()
         elif (handle.num_tokens, handle.top_k) != tuple(experts_TK.shape):
             raise ValueError(
                 f"the handle is of a dispatch of {handle.num_tokens} tokens x {handle.top_k} "
                 f"experts, experts_TK is {tuple(experts_TK.shape)}"
             )
-        rows_ND, weights_N = dispatch(self, handle, x_TD, weights_TK)
-        return Dispatched(rows_ND, weights_N, handle.counts, handle)
+        rows_ND, weights_N, tiles = dispatch(self, handle, x_TD, weights_TK)
+        return Dispatched(rows_ND, weights_N, handle.counts, handle, tiles)
 
     def combine(self, rows_ND: Tensor, handle: H) -> Tensor:
-        """Send each row back to its token and sum a token's K rows, k = 0 first.
+        """Send each row back to its token and sum a token's K rows, in a fixed order.
 
-        Differentiable once. bfloat16 and float16 are summed in float32 and rounded once.
+        The order is the backend's (see `reference`). Differentiable once. What is narrower than
+        float32 is summed in float32, and rounded once in each place where rows are summed.
 
         Args:
             rows_ND: [N, D], any floating dtype, in the order of `Dispatched.rows_ND`, already
-                multiplied by the weights.
+                multiplied by the weights. Padding is not looked at.
             handle: of the dispatch.
 
         Returns:
@@ -145,21 +208,22 @@ class Dispatcher(ABC, Generic[H]):
 
         return combine(self, handle, rows_ND)
 
+    def close(self) -> None:
+        """Give back what the backend holds outside torch; a collective of the group."""
+
     @abstractmethod
     def start_preprocess(self, experts_TK: Tensor) -> Pending[H]:
-        """Work out the route and start exchanging the row counts.
+        """Work out the route and start exchanging the counts.
 
         `finish` is the one place of a dispatch where the host waits for the device: the sizes of
-        the buffers are only known once the counts have arrived.
+        the buffers are only known once the counts have arrived. Raises as `dispatch` does.
         """
 
-    def start_dispatch(
-        self, x_TD: Tensor, weights_TK: Tensor, handle: H
-    ) -> Pending[tuple[Tensor, Tensor]]:
-        """dispatch(F), without autograd: Pending (rows_ND, weights_N)."""
+    def start_dispatch(self, x_TD: Tensor, weights_TK: Tensor, handle: H) -> Pending[Arrived]:
+        """dispatch(F), without autograd: Pending `Arrived`, with weights."""
         self._check_tokens(x_TD, weights_TK, handle.num_tokens, handle.top_k)
-        pending = self._start_spread(x_TD, weights_TK, handle, "dispatch(F)")
-        return pending.then(_both)
+        first, handle.was_dispatched = not handle.was_dispatched, True
+        return self._start_spread(x_TD, weights_TK, handle, "dispatch(F)", first=first)
 
     def start_combine(self, rows_ND: Tensor, handle: H) -> Pending[Tensor]:
         """combine(F), without autograd: Pending y_TD."""
@@ -173,40 +237,32 @@ class Dispatcher(ABC, Generic[H]):
 
         A gradient that is None is not sent; all ranks of the group must agree which.
         """
+        self._check_dispatched(handle)
         return self._start_gather(grad_rows_ND, grad_weights_N, handle, "dispatch(B)")
 
     def start_combine_backward(self, grad_y_TD: Tensor, handle: H) -> Pending[Tensor]:
         """combine(B): Pending grad_rows_ND, each token's gradient at every row of it."""
-        return self._start_spread(grad_y_TD, None, handle, "combine(B)").then(_first)
+        self._check_dispatched(handle)
+        pending = self._start_spread(grad_y_TD, None, handle, "combine(B)", first=False)
+        return pending.then(lambda arrived: arrived.rows_ND)
 
     @abstractmethod
     def _start_spread(
-        self, x_TD: Tensor, weights_TK: Tensor | None, handle: H, operation: str
-    ) -> Pending[tuple[Tensor | None, Tensor | None]]:
-        """Start sending rows to their experts: Pending (rows_ND, weights_N or None)."""
+        self, x_TD: Tensor, weights_TK: Tensor | None, handle: H, operation: str, *, first: bool
+    ) -> Pending[Arrived]:
+        """Start sending rows to their experts; the `first` time for this handle, indices too."""
 
     @abstractmethod
     def _start_gather(
         self, rows_ND: Tensor | None, weights_N: Tensor | None, handle: H, operation: str
     ) -> Pending[tuple[Tensor | None, Tensor | None]]:
-        """Start sending rows back: Pending (y_TD or None, weights_TK or None), y summed over k."""
+        """Start sending rows back: Pending (y_TD or None, weights_TK or None), y summed."""
 
     def _check_experts(self, experts_TK: Tensor) -> None:
         if experts_TK.dim() != 2 or experts_TK.shape[1] < 1:
             raise ValueError(f"experts_TK must be [T, K] with K >= 1, got {_like(experts_TK)}")
         if experts_TK.dtype != torch.int64:
             raise ValueError(f"experts_TK must be int64, got {experts_TK.dtype}")
-        # On a GPU this would stop the host; there the exchanged counts tell (see start_preprocess).
-        if experts_TK.is_cpu and experts_TK.numel():
-            low, high = (int(end) for end in experts_TK.aminmax())
-            if low < 0 or high >= self.num_experts:
-                raise self._out_of_range(f"{low}..{high}")
-
-    def _out_of_range(self, found: str) -> ValueError:
-        return ValueError(
-            f"experts_TK holds experts {found}, but this dispatcher has {self.num_experts}: "
-            f"0..{self.num_experts - 1}"
-        )
 
     def _check_tokens(self, x_TD: Tensor, weights_TK: Tensor, num_tokens: int, top_k: int) -> None:
         if x_TD.dim() != 2 or x_TD.shape[0] != num_tokens or not x_TD.is_floating_point():
@@ -221,7 +277,25 @@ class Dispatcher(ABC, Generic[H]):
         if x_TD.device != weights_TK.device:
             raise ValueError(f"x_TD is on {x_TD.device}, weights_TK on {weights_TK.device}")
 
+    def _check_weights(self, experts_TK: Tensor, weights_TK: Tensor) -> None:
+        check = self.options.check
+        if not (weights_TK.is_cpu if check is None else check):
+            return
+        wrong_TK = ~weights_TK.detach().isfinite() & (experts_TK >= 0)
+        if wrong_TK.any():
+            token, choice = (int(i) for i in wrong_TK.nonzero()[0])
+            raise ValueError(
+                f"weights_TK of ep rank {self._ep_rank} holds {weights_TK[token, choice]} at token "
+                f"{token}, choice {choice} (expert {experts_TK[token, choice]}): weights must be "
+                "finite; look at the router's scores"
+            )
+
+    def _check_dispatched(self, handle: H) -> None:
+        if not handle.was_dispatched:
+            raise ValueError("nothing has been dispatched with this handle yet: dispatch first")
+
     def _check_rows(self, rows_ND: Tensor, handle: H) -> None:
+        self._check_dispatched(handle)
         if rows_ND.dim() != 2 or len(rows_ND) != handle.num_rows or not rows_ND.is_floating_point():
             raise ValueError(
                 f"combine: rows_ND must be [N, D] = [{handle.num_rows}, D] of a floating dtype, "
@@ -231,13 +305,6 @@ class Dispatcher(ABC, Generic[H]):
 
 def _like(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} of {tensor.dtype}"
-
-
-def _both(pair: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor, Tensor]:
-    first, second = pair
-    assert first is not None
-    assert second is not None
-    return first, second
 
 
 def _first(pair: tuple[Tensor | None, Any]) -> Tensor:

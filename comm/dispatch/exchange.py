@@ -1,18 +1,16 @@
-"""An all-to-all with uneven splits, started and finished apart, with a limit on the wait."""
+"""All-to-alls with uneven splits among a group of ranks, each wait with a limit and a name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from math import prod
 from typing import Generic, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...parallel.mesh import Mesh
 from ..errors import CommError, backend_reason
-from ..messages import as_bytes
 from ..waiting import name_ranks
 
 T = TypeVar("T")
@@ -45,64 +43,69 @@ class Pending(Generic[T]):
         return Pending(lambda: do(self.finish()))
 
 
-class ExpertGroup:
-    """The ranks that share one set of experts, and all-to-alls among them.
+class Peers:
+    """Ranks that exchange rows of bytes with each other.
 
     Args:
-        mesh: this rank's mesh; its ep_group carries the transfers.
+        group: carries the transfers; None where this rank is alone.
+        ranks: the group's global ranks, in its order.
+        rank: this global rank.
         timeout_s: limit of a wait, seconds.
+
+    Attributes:
+        size: number of ranks.
+        ranks: their global ranks, in the group's order.
+        others: the global ranks but this one.
     """
 
-    def __init__(self, mesh: Mesh, timeout_s: float) -> None:
-        if not timeout_s > 0:
-            raise ValueError(f"timeout_s must be above 0 seconds, got {timeout_s!r}")
-        if mesh.shape.ep > 1 and mesh.ep_group is None:
-            raise ValueError(
-                f"this mesh has ep={mesh.shape.ep} but no process groups: make it with Mesh.create"
-            )
-        self.size = mesh.shape.ep
-        self._rank = mesh.rank
-        self._others = tuple(r for r in mesh.shape.ep_peers(mesh.rank) if r != mesh.rank)
-        self._group = mesh.ep_group
-        self._board = mesh.waits
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        ranks: Sequence[int],
+        rank: int,
+        timeout_s: float,
+    ) -> None:
+        assert group is not None or len(ranks) == 1
+        self.size = len(ranks)
+        self.ranks = tuple(ranks)
+        self.others = tuple(r for r in ranks if r != rank)
+        self._group = group
+        self._rank = rank
         self._timeout_s = timeout_s
 
     def start(
         self,
-        rows: Tensor,
+        send: Tensor,
         send_splits: Sequence[int],
-        recv_splits: Sequence[int],
+        receive: Tensor,
+        receive_splits: Sequence[int],
         operation: str,
-        *,
-        for_host: bool = False,
-    ) -> Pending[Tensor]:
-        """Start sending `send_splits[p]` rows to each peer p and receiving `recv_splits[p]`.
+    ) -> Callable[[], None]:
+        """Start an all-to-all; the function returned waits for it.
 
-        CPU tensors are waited for within the limit. CUDA tensors are waited for by the current
-        stream, so that the host goes on; the limit there is the process group's own, which its
-        watchdog keeps.
+        On the CPU it waits on the host, within the limit. On a GPU the current stream waits and the
+        host goes on; the limit there is the process group's, which its watchdog keeps.
 
         Args:
-            rows: [sum(send_splits), ...], grouped by destination, of any dtype.
-            send_splits, recv_splits: rows a peer, in ep order.
+            send: [sum(send_splits), W] uint8, contiguous, grouped by destination.
+            send_splits, receive_splits: rows a peer, in the group's order.
+            receive: [sum(receive_splits), W] uint8, contiguous, to be filled grouped by source.
             operation: what to call it in an error.
-            for_host: the host will read the result at once: wait on the host, within the limit.
 
-        Returns:
-            Pending [sum(recv_splits), ...], grouped by source. With one rank: `rows` itself.
+        Raises:
+            CommError: from here or from the wait; a peer died or the limit expired.
         """
+        assert send.dtype == receive.dtype == torch.uint8
+        assert (len(send), len(receive)) == (sum(send_splits), sum(receive_splits))
         if self._group is None:
-            return Pending(lambda: rows)
-        rows = rows.contiguous()
-        received = rows.new_empty((sum(recv_splits), *rows.shape[1:]))
-        row_bytes = _row_bytes(rows)
+            receive.copy_(send)
+            return _nothing
         try:
-            # Bytes, because gloo does not know every dtype.
             work = dist.all_to_all_single(
-                as_bytes(received),
-                as_bytes(rows),
-                [n * row_bytes for n in recv_splits],
-                [n * row_bytes for n in send_splits],
+                receive,
+                send,
+                list(receive_splits),
+                list(send_splits),
                 group=self._group,
                 async_op=True,
             )
@@ -110,26 +113,24 @@ class ExpertGroup:
             raise self._error(operation, error) from error
         assert work is not None  # this rank is a member of its own group
 
-        def finish() -> Tensor:
+        def wait() -> None:
             try:
-                if rows.is_cuda and not for_host:
+                if send.is_cuda:
                     work.wait()
                 else:
-                    with self._board.waiting(operation, self._others):
-                        work.wait(timedelta(seconds=self._timeout_s))
+                    work.wait(timedelta(seconds=self._timeout_s))
             except RuntimeError as error:
                 raise self._error(operation, error) from error
-            return received
 
-        return Pending(finish)
+        return wait
 
     def _error(self, operation: str, error: RuntimeError) -> CommError:
         return CommError(
             f"rank {self._rank}: {operation} failed while waiting for "
-            f"{name_ranks(self._others)}: {backend_reason(error, self._timeout_s)}",
-            peers=self._others,
+            f"{name_ranks(self.others)}: {backend_reason(error, self._timeout_s)}",
+            peers=self.others,
         )
 
 
-def _row_bytes(rows: Tensor) -> int:
-    return prod(rows.shape[1:]) * rows.element_size()
+def _nothing() -> None:
+    return None

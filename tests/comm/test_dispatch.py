@@ -1,196 +1,160 @@
-"""Flat expert-parallel dispatch: exact, differentiable, deterministic, and bounded in time."""
+"""Expert-parallel dispatch: exact, differentiable, deterministic, whatever the backend."""
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
-import time
-from typing import Any
 
 import pytest
 import torch
 
-from counterflow.comm import CommError, Dispatcher, dispatcher
-from counterflow.parallel.mesh import Mesh, MeshShape
+from counterflow.comm import CommError
 from tests import cases_dispatch as cases
-from tests.ranks import RankError, RankPool
+from tests import cases_dispatch_uses as uses
+from tests.ranks import RankPool
 
-E, K, D = cases.E, cases.K, cases.D
+E = cases.E
+ONE_WAY = {
+    name: cases.SETTINGS[name] for name in ("flat", "dedup", "two_hop", "two_hop on one node")
+}
 
 
-@pytest.mark.parametrize("ep", [1, 2, 4])
-def test_every_row_arrives_where_a_loop_would_put_it(ranks: RankPool, ep: int) -> None:
-    assert all(ranks.run(cases.exact_loop, world=4, ep=ep))
-
-
-@pytest.mark.parametrize("load", cases.LOADS)
-@pytest.mark.parametrize("ep", [1, 2, 4])
-def test_values_and_gradients_equal_the_dense_computation(
-    ranks: RankPool, ep: int, load: str
+@pytest.mark.parametrize("name", cases.SETTINGS)
+def test_rows_values_and_gradients_are_bit_for_bit_the_references(
+    ranks: RankPool, name: str
 ) -> None:
-    found = ranks.run(cases.mixture, world=4, ep=ep, load=load)
-    expected = cases.dense(load)
-    for rank in range(4):
-        for what in ("y", "x", "weights"):
-            # float64, sums of K = 3 or D = 5 terms in another order.
-            torch.testing.assert_close(
-                found[rank][what], expected[rank][what], rtol=1e-12, atol=1e-12
-            )
-    experts = sum(f["experts"] for f in found)
-    torch.testing.assert_close(experts, expected[0]["experts"], rtol=1e-12, atol=1e-12)
+    given = [(load, torch.float32, torch.float32) for load in cases.LOADS]
+    given += [
+        ("some without expert", dtype, weights)
+        for dtype in (torch.bfloat16, torch.float16)
+        for weights in (dtype, torch.float32)
+    ]
+    given += [("some without expert", torch.float64, torch.float64)]
+    found = ranks.run(cases.exact, world=4, settings=[cases.SETTINGS[name]], given=given)
+    assert found == [[]] * 4
 
 
-@pytest.mark.parametrize("load", ["uneven", "idle experts", "a rank without tokens"])
-def test_counts_add_up_to_the_routed_load(ranks: RankPool, load: str) -> None:
-    found = ranks.run(cases.mixture, world=4, ep=4, load=load)
-    routed = torch.cat([cases.inputs(r, load)[1].reshape(-1) for r in range(4)])
-    assert [c for f in found for c in f["counts"]] == routed.bincount(minlength=E).tolist()
-    assert [e for f in found for e in f["local"]] == list(range(E))
+def test_eight_ranks_are_bit_for_bit_the_reference(ranks: RankPool) -> None:
+    given = [("uneven", dtype, torch.float32) for dtype in (torch.float32, torch.bfloat16)]
+    settings = list(cases.EIGHT.values())
+    found = ranks.run(cases.exact, world=8, settings=settings, given=given)
+    assert found == [[]] * 8
 
 
-def test_two_runs_agree_bit_for_bit(ranks: RankPool) -> None:
-    first, second = (ranks.run(cases.mixture, world=4, ep=4, load="uneven") for _ in range(2))
+@pytest.mark.parametrize("name", cases.SETTINGS)
+def test_values_and_gradients_equal_the_dense_computation(ranks: RankPool, name: str) -> None:
+    found = ranks.run(uses.mixtures, world=4, setting=cases.SETTINGS[name])
+    for load in cases.LOADS:
+        expected = uses.dense(load)
+        for rank in range(4):
+            for what in ("y", "x", "weights"):
+                # float64, sums of K = 3 or D = 5 terms in another order.
+                torch.testing.assert_close(
+                    found[rank][load][what], expected[rank][what], rtol=1e-12, atol=1e-12
+                )
+        experts = sum(f[load]["experts"] for f in found)
+        torch.testing.assert_close(experts, expected[0]["experts"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ONE_WAY)
+def test_counts_add_up_to_the_routed_load(ranks: RankPool, name: str) -> None:
+    loads = ["uneven", "some without expert", "one busy rank"]
+    found = ranks.run(uses.mixtures, world=4, setting=ONE_WAY[name], loads=loads)
+    for load in loads:
+        routed = torch.cat([cases.batch(r, load).experts_TK.reshape(-1) for r in range(4)])
+        expected = routed[routed >= 0].bincount(minlength=E).tolist()
+        assert [c for f in found for c in f[load]["counts"]] == expected
+        assert [e for f in found for e in f[load]["local"]] == list(range(E))
+
+
+@pytest.mark.parametrize("name", ONE_WAY)
+def test_two_runs_agree_bit_for_bit(ranks: RankPool, name: str) -> None:
+    loads = ["uneven", "some without expert"]
+    first, second = (
+        ranks.run(uses.mixtures, world=4, setting=ONE_WAY[name], loads=loads) for _ in range(2)
+    )
     for a, b in zip(first, second, strict=True):
-        assert all(torch.equal(a[what], b[what]) for what in ("y", "x", "weights", "experts"))
+        for load in loads:
+            for what in ("y", "x", "weights", "experts"):
+                assert cases.same_bits(a[load][what], b[load][what])
 
 
 def test_the_result_does_not_depend_on_how_experts_are_spread(ranks: RankPool) -> None:
-    whole, spread = (ranks.run(cases.mixture, world=4, ep=ep, load="uneven") for ep in (1, 4))
-    for a, b in zip(whole, spread, strict=True):
-        # Every row goes through a product of another height, so the last bits may differ.
-        torch.testing.assert_close(a["y"], b["y"], rtol=1e-14, atol=1e-14)
+    spread = [
+        ranks.run(uses.mixtures, world=4, setting=cases.SETTINGS[name], loads=["uneven"])
+        for name in ("dedup, one rank has all experts", "flat", "dedup", "two_hop")
+    ]
+    for other in spread[1:]:
+        for a, b in zip(spread[0], other, strict=True):
+            # Every row goes through a product of another height, so the last bits may differ.
+            torch.testing.assert_close(a["uneven"]["y"], b["uneven"]["y"], rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("ep", [1, 4])
-def test_combine_sums_a_tokens_rows_in_order_whatever_the_dtype(
-    ranks: RankPool, ep: int, dtype: torch.dtype
+def test_passes_finished_in_another_order_than_started_equal_the_whole_form(
+    ranks: RankPool,
 ) -> None:
-    assert all(ranks.run(cases.same_sum, world=4, ep=ep, dtype=dtype))
+    settings = list(cases.SETTINGS.values())
+    assert ranks.run(uses.split_form, world=4, settings=settings) == [[]] * 4
 
 
-@pytest.mark.parametrize("ep", [1, 4])
-def test_the_split_form_equals_the_differentiable_form(ranks: RankPool, ep: int) -> None:
-    assert all(ranks.run(cases.split_form, world=4, ep=ep))
+@pytest.mark.parametrize("name", ["flat", "dedup", "two_hop"])
+def test_different_steps_of_several_passes_can_be_under_way_at_once(
+    ranks: RankPool, name: str
+) -> None:
+    assert all(ranks.run(uses.mixed_steps, world=4, setting=cases.SETTINGS[name]))
 
 
-def test_a_handle_serves_again_for_recomputation(ranks: RankPool) -> None:
-    assert all(ranks.run(cases.recompute, world=4, ep=4))
+def test_a_handle_serves_again_and_sends_neither_counts_nor_indices(ranks: RankPool) -> None:
+    settings = list(cases.SETTINGS.values())
+    assert ranks.run(uses.recompute, world=4, settings=settings) == [[]] * 4
 
 
-def test_what_needs_no_gradient_gets_none(ranks: RankPool) -> None:
-    assert ranks.run(cases.frozen, world=4, ep=4) == [(True, True)] * 4
+def test_buffers_are_kept_and_results_are_not_theirs(ranks: RankPool) -> None:
+    names = ("flat", "dedup", "two_hop")
+    settings = [cases.SETTINGS[name] for name in names]
+    for found in ranks.run(uses.kept_buffers, world=4, settings=settings):
+        for after in found:
+            assert after[0] > 0
+            assert after[1:] == after[:1] * 4
+
+
+@pytest.mark.parametrize("name", ["flat", "dedup", "two_hop"])
+def test_what_needs_no_gradient_gets_none(ranks: RankPool, name: str) -> None:
+    found = ranks.run(uses.frozen, world=4, setting=cases.SETTINGS[name])
+    assert found == [(True, True)] * 4
+
+
+@pytest.mark.parametrize("name", ["flat", "dedup", "two_hop", "flat, one rank has all experts"])
+def test_tensors_may_lie_in_memory_as_they_like(ranks: RankPool, name: str) -> None:
+    assert all(ranks.run(uses.strided, world=4, setting=cases.SETTINGS[name]))
 
 
 def test_a_second_backward_is_refused(ranks: RankPool) -> None:
-    for text in ranks.run(cases.twice_differentiated, world=2):
+    setting = cases.Setting("two_hop", (0, 1))
+    for text in ranks.run(uses.twice_differentiated, world=2, setting=setting):
         assert "once_differentiable" in text
 
 
-OPERATIONS = ["dispatch(F)", "combine(F)", "combine(B)", "dispatch(B)"]
-
-
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_peer_that_dies_is_named_with_the_operation(operation: str) -> None:
-    began = time.monotonic()
-    with RankPool() as pool, pytest.raises(RankError) as caught:
-        pool.run(cases.stop_or_raise, world=2, operation=operation, how="dies", timeout_s=20)
-    assert time.monotonic() - began < 20
-    assert caught.value.errors[1] == "the process died"
-    text = caught.value.errors[0]
-    assert re.fullmatch(
-        re.escape(f"CommError: rank 0: {operation} failed while waiting for rank 1: ")
-        + r".*Connection (reset|closed) by peer.*",
-        text,
-    ), text
-
-
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_peer_that_is_silent_is_named_once_the_limit_is_over(operation: str) -> None:
-    with RankPool() as pool, pytest.raises(RankError) as caught:
-        pool.run(cases.stop_or_raise, world=2, operation=operation, how="sleeps", timeout_s=20)
-    assert caught.value.errors[0] == (
-        f"CommError: rank 0: {operation} failed while waiting for rank 1: no answer within 1 s"
-    )
-
-
-def alone(num_experts: int = E) -> Dispatcher[Any]:
-    return dispatcher("flat", Mesh(MeshShape()), num_experts=num_experts)
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"x": torch.zeros(4, D, 1)}, r"x_TD must be \[T, D\] = \[4, D\].*\[4, 5, 1\]"),
-        ({"x": torch.zeros(3, D)}, r"x_TD must be \[T, D\] = \[4, D\]"),
-        ({"x": torch.zeros(4, D, dtype=torch.int64)}, "floating dtype"),
-        ({"experts": torch.zeros(4, dtype=torch.int64)}, r"experts_TK must be \[T, K\]"),
-        ({"experts": torch.zeros(4, 0, dtype=torch.int64)}, "K >= 1"),
-        ({"experts": torch.zeros(4, K, dtype=torch.int32)}, "must be int64, got torch.int32"),
-        ({"experts": torch.full((4, K), E)}, f"experts 8..8.*has {E}: 0..7"),
-        ({"experts": torch.full((4, K), -1)}, "experts -1..-1"),
-        ({"weights": torch.zeros(4, K + 1)}, r"weights_TK must be \[T, K\] = \[4, 3\]"),
-        ({"weights": torch.zeros(4, K, dtype=torch.int64)}, "weights_TK.*floating dtype"),
-        ({"weights": torch.zeros(4, K, device="meta")}, "x_TD is on cpu, weights_TK on meta"),
-        ({"x": torch.zeros(4, D, device="meta")}, "x_TD is on meta, experts_TK on cpu"),
-    ],
-)
-def test_wrong_inputs_are_refused_with_the_reason(
-    change: dict[str, torch.Tensor], reason: str
+@pytest.mark.parametrize("name", ["flat", "dedup", "two_hop"])
+def test_the_models_layer_on_four_ranks_equals_the_whole_layer(
+    ranks: RankPool, name: cases.Name
 ) -> None:
-    given = {
-        "x": torch.zeros(4, D),
-        "experts": torch.zeros(4, K, dtype=torch.int64),
-        "weights": torch.zeros(4, K),
-        **change,
-    }
-    with pytest.raises(ValueError, match=reason):
-        alone().dispatch(given["x"], given["experts"], given["weights"])
+    setting = cases.Setting(name, (0, 0, 1, 1), num_experts=uses.LAYER.n_routed_experts)
+    found = ranks.run(uses.layers, world=4, setting=setting)
+    expected = uses.whole_layer()
 
+    def close(a: torch.Tensor, b: torch.Tensor) -> None:
+        # float32, sums in another order: a few units in the last place of the largest.
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * float(b.abs().max()))
 
-def test_an_index_out_of_range_that_was_not_looked_for_shows_in_the_counts(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    d = alone()
-    monkeypatch.setattr(type(d), "_check_experts", lambda *_: None)
-    with pytest.raises(ValueError, match="experts out of range, but this dispatcher has 8"):
-        d.start_preprocess(torch.tensor([[0, E]])).finish()
-
-
-def test_combine_refuses_rows_that_were_not_dispatched() -> None:
-    d = alone()
-    out = d.dispatch(torch.zeros(4, D), torch.zeros(4, K, dtype=torch.int64), torch.zeros(4, K))
-    with pytest.raises(ValueError, match=r"rows_ND must be \[N, D\] = \[12, D\].*\[11, 5\]"):
-        d.combine(out.rows_ND[1:], out.handle)
-
-
-def test_a_handle_of_other_tokens_is_refused() -> None:
-    d = alone()
-    experts = torch.zeros(4, K, dtype=torch.int64)
-    handle = d.dispatch(torch.zeros(4, D), experts, torch.zeros(4, K)).handle
-    with pytest.raises(ValueError, match="a dispatch of 4 tokens x 3 experts"):
-        d.dispatch(torch.zeros(2, D), experts[:2], torch.zeros(2, K), handle)
-
-
-def test_what_was_started_is_finished_once() -> None:
-    pending = alone().start_preprocess(torch.zeros(4, K, dtype=torch.int64))
-    assert pending.finish().counts == [4 * K] + [0] * (E - 1)
-    with pytest.raises(RuntimeError, match="called twice"):
-        pending.finish()
-
-
-def test_the_factory_refuses_what_it_cannot_make() -> None:
-    with pytest.raises(ValueError, match="no dispatcher 'flatt'; did you mean 'flat'"):
-        dispatcher("flatt", Mesh(MeshShape()), num_experts=E)
-    with pytest.raises(ValueError, match="ep=2 does not divide the model's 7 routed experts"):
-        dispatcher("flat", Mesh(MeshShape(1, 2, 2)), num_experts=7)
-    with pytest.raises(ValueError, match=r"no process groups: make it with Mesh\.create"):
-        dispatcher("flat", Mesh(MeshShape(1, 2, 2)), num_experts=E)
-    with pytest.raises(ValueError, match="num_experts must be at least 1"):
-        alone(0)
-    with pytest.raises(ValueError, match="timeout_s must be above 0"):
-        dispatcher("flat", Mesh(MeshShape()), num_experts=E, timeout_s=0)
+    for rank in range(4):
+        for what in ("y", "x"):
+            close(found[rank][what], expected[rank][what])
+    for parameter in set(found[0]) - {"y", "x"}:
+        parts = [f[parameter] for f in found]
+        local = parameter.startswith("experts.")
+        whole = torch.cat(parts) if local else torch.stack(parts).sum(dim=0)
+        close(whole, expected[-1][parameter])
 
 
 def test_comm_alone_needs_no_torch() -> None:

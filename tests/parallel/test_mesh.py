@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from counterflow.parallel import Mesh, MeshShape
-from counterflow.parallel.mesh import node_of_process
 from tests import cases_mesh as cases
 from tests.ranks import RankPool
 
@@ -154,18 +153,6 @@ def test_nodes_that_are_given_win_over_the_environment(ranks: RankPool) -> None:
     assert ranks.run(cases.explicit_nodes, world=4) == [
         ((1, 1, 0, 0), node) for node in (1, 1, 0, 0)
     ]
-
-
-def test_the_node_of_a_process_is_what_the_launcher_says() -> None:
-    assert node_of_process({}) == 0
-    assert node_of_process({"GROUP_RANK": "3", "RANK": "1", "LOCAL_WORLD_SIZE": "8"}) == 3
-    assert node_of_process({"RANK": "17", "LOCAL_WORLD_SIZE": "8"}) == 2
-    assert node_of_process({"RANK": "17"}) == 0
-    for wrong in ({"GROUP_RANK": "a"}, {"GROUP_RANK": "-1"}):
-        with pytest.raises(ValueError, match="the environment's GROUP_RANK="):
-            node_of_process(wrong)
-    with pytest.raises(ValueError, match="LOCAL_WORLD_SIZE='0' is not a whole number from 1 up"):
-        node_of_process({"RANK": "1", "LOCAL_WORLD_SIZE": "0"})
 
 
 def test_shapes_and_ungrouped_meshes_need_no_torch() -> None:

@@ -1,0 +1,168 @@
+"""Which dispatcher: by name, or what the topology calls for."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from functools import partial
+from typing import Any, get_args
+
+import torch.distributed as dist
+
+from ...parallel.mesh import Mesh
+from ..collectives import gather
+from .base import Dispatcher, Options
+from .exchange import Peers
+from .grid import NodeGrid
+from .hops import Hops
+from .lane import Lane
+from .layout import ExpertLayout
+from .names import DispatcherName, PayloadName
+from .payload import Payload
+
+_LOG = logging.getLogger(__name__)
+
+
+def dispatcher(
+    name: str,
+    mesh: Mesh,
+    *,
+    num_experts: int,
+    layout: ExpertLayout | None = None,
+    payload: PayloadName = "exact",
+    alignment: int = 1,
+    node_limit: int | None = None,
+    chunks: int = 4,
+    check: bool | None = None,
+    timeout_s: float = 300.0,
+) -> Dispatcher[Any]:
+    """The dispatcher called `name`, over the expert-parallel group of `mesh`.
+
+    A collective of the world, as its process groups are made here: every rank asks for the same.
+
+    Args:
+        name: "flat", a row for each (token, expert); "dedup", a row once to each rank that needs
+            it; "two_hop", once to each node and from there to its ranks; "deep_ep", DeepEP's
+            kernels, on GPUs; "auto", what the topology calls for (`why` of the result says it).
+        mesh: made by `Mesh.create` where ep > 1; its `nodes` say which rank is where.
+        num_experts: E, routed experts.
+        layout: which expert stands where; by default E / ep follow each other on each rank.
+        payload: "exact", rows travel in their own dtype; "bf16"; "fp8", dispatch(F) and combine(B)
+            in E4M3 with scales of 1x128 tiles, the other two in BF16 (arXiv 2412.19437, 3.2.2).
+        alignment: rows of each expert are padded with zeros to a multiple of this.
+        node_limit: the most nodes that a token may go to; more is an error on every rank.
+        chunks: two hops work on that many pieces at once at most, one crossing while another is
+            handed on inside the node.
+        check: refuse weights that are not finite; by default on the CPU only, because a GPU would
+            have to stop for it.
+        timeout_s: limit of every wait for peers, seconds.
+
+    Raises:
+        ValueError: unknown name, experts that do not divide among the ranks, a group that lies
+            unevenly on its nodes with "two_hop", or DeepEP where it cannot be used.
+    """
+    known = get_args(DispatcherName)
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"there is no dispatcher {name!r}; did you mean {nearest!r}? "
+            f"(known: {', '.join(known)})"
+        )
+    if num_experts < 1:
+        raise ValueError(f"num_experts must be at least 1, got {num_experts}")
+    if layout is None:
+        mesh.shape.require_experts(num_experts)
+        layout = ExpertLayout.contiguous(num_experts, mesh.shape.ep)
+    elif layout.num_experts != num_experts:
+        raise ValueError(
+            f"the layout is of {layout.num_experts} experts, num_experts is {num_experts}"
+        )
+    options = Options(Payload(payload), alignment, node_limit, chunks, check, timeout_s)
+    why = "asked for by name"
+    if name == "auto":
+        name, why = choose(mesh, layout, options)
+    made = _make(name, mesh, layout, options)
+    made.why = why
+    _LOG.info("dispatch: %s (%s)", name, why)
+    return made
+
+
+def choose(mesh: Mesh, layout: ExpertLayout, options: Options) -> tuple[str, str]:
+    """The dispatcher for this topology, and why, in a sentence. A collective of the world."""
+    from .deep_ep import usable
+
+    groups = _groups(mesh)
+    if len(groups[0]) == 1:
+        return "flat", "every rank has all experts, so nothing is sent"
+    spans = [len({mesh.nodes[r] for r in ranks}) for ranks in groups]
+    # Hosts may differ in what is installed, and all ranks have to choose alike.
+    world = dist.group.WORLD if dist.is_initialized() else None
+    obstacles = gather(usable(mesh, layout, options), world, "what is installed", board=mesh.waits)
+    if not any(obstacles):
+        return "deep_ep", "DeepEP is installed and fits this group"
+    if max(spans) == 1:
+        return "dedup", "each expert group lies within a node"
+    try:
+        grids = [_grid(mesh, ranks) for ranks in groups]
+    except ValueError as error:
+        return "dedup", f"not two_hop, because {error}"
+    if all(grid.ranks_per_node == 1 for grid in grids):
+        return "dedup", "each rank of an expert group is on a node of its own"
+    most = max(grids, key=lambda grid: grid.num_nodes)
+    return "two_hop", (
+        f"an expert group spans {most.num_nodes} nodes with {most.ranks_per_node} ranks on each"
+    )
+
+
+def _make(name: str, mesh: Mesh, layout: ExpertLayout, options: Options) -> Dispatcher[Any]:
+    if name == "deep_ep":
+        from .deep_ep import DeepEP
+
+        return DeepEP(mesh, layout, options)
+    ranks = mesh.shape.ep_peers(mesh.rank)
+    if len(ranks) > 1 and mesh.ep_group is None:
+        raise ValueError(
+            f"this mesh has ep={len(ranks)} but no process groups: make it with Mesh.create"
+        )
+    everyone = Peers(mesh.ep_group, ranks, mesh.rank, options.timeout_s)
+    lane = mesh.dispatch_lane or Lane(mesh.rank, everyone.others, mesh.waits, options.timeout_s)
+    mesh.dispatch_lane = lane
+    make = partial(Hops, name, mesh, layout, options, lane=lane, everyone=everyone)
+    if name != "two_hop":
+        return make(grid=NodeGrid.one_node(len(ranks)), each_choice=name == "flat")
+    grids = [_grid(mesh, group) for group in _groups(mesh)]  # of all, so that all ranks refuse
+    rails: list[tuple[int, ...]] = []
+    nodes: list[tuple[int, ...]] = []
+    for group, grid in zip(_groups(mesh), grids, strict=True):
+        rows = [tuple(group[e] for e in row) for row in grid.rows]
+        nodes += rows
+        rails += list(zip(*rows, strict=True))
+    return make(
+        grid=grids[_groups(mesh).index(ranks)],
+        rail=_peers(mesh, rails, "dispatch over a rail", options.timeout_s),
+        node=_peers(mesh, nodes, "dispatch within a node", options.timeout_s),
+    )
+
+
+def _groups(mesh: Mesh) -> list[tuple[int, ...]]:
+    """The expert groups of the whole world, by global rank."""
+    return sorted({mesh.shape.ep_peers(rank) for rank in range(mesh.shape.world_size)})
+
+
+def _grid(mesh: Mesh, ranks: tuple[int, ...]) -> NodeGrid:
+    """The grid of an expert group, whose rails must have the nodes in the order of their ranks."""
+    nodes = [mesh.nodes[rank] for rank in ranks]
+    grid = NodeGrid.of(nodes)
+    if any(list(rail) != sorted(rail) for rail in zip(*grid.rows, strict=True)):
+        raise ValueError(
+            f"the ranks of an expert group lie on their nodes in a changing order ({nodes}), so "
+            "that those of one in-node index do not meet the nodes in the same order; start the "
+            "ranks node by node, or use the dispatcher 'dedup'"
+        )
+    return grid
+
+
+def _peers(mesh: Mesh, sets: list[tuple[int, ...]], purpose: str, timeout_s: float) -> Peers:
+    mine = next(ranks for ranks in sets if mesh.rank in ranks)
+    group = mesh.group_among(sets, purpose, timeout_s=timeout_s)
+    return Peers(group, mine, mesh.rank, timeout_s)

@@ -1,0 +1,50 @@
+"""Records: a token's row, weights and expert slots side by side as bytes, one message a hop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RecordFormat:
+    """How a record's parts lie in its bytes; each begins at a multiple of its item's size.
+
+    Attributes:
+        parts: (dtype, columns) of each part.
+    """
+
+    parts: tuple[tuple[torch.dtype, int], ...]
+
+    @classmethod
+    def of(cls, parts: Sequence[Tensor]) -> RecordFormat:
+        """The format of records with rows of these [M, columns] tensors."""
+        return cls(tuple((part.dtype, part.shape[1]) for part in parts))
+
+    @cached_property
+    def _starts(self) -> tuple[int, ...]:
+        starts, end = [], 0
+        for dtype, columns in self.parts:
+            start = _round_up(end, dtype.itemsize)
+            starts.append(start)
+            end = start + columns * dtype.itemsize
+        return (*starts, end)
+
+    @cached_property
+    def width(self) -> int:
+        """Bytes of a record."""
+        return _round_up(self._starts[-1], max(dtype.itemsize for dtype, _ in self.parts))
+
+    def part(self, records: Tensor, index: int) -> Tensor:
+        """Part `index` of records [M, width] uint8: a view [M, columns] of its dtype."""
+        dtype, columns = self.parts[index]
+        start = self._starts[index]
+        return records[:, start : start + columns * dtype.itemsize].view(dtype)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

@@ -1,0 +1,169 @@
+"""What the other ranks see when one dies, stops answering, or has wrong input."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from counterflow.comm import CommError, Dispatcher
+from counterflow.parallel.mesh import Mesh
+
+from .cases_dispatch import Batch, E, K, Setting, batch, on_meshes
+
+OPERATIONS = ("dispatch(F)", "combine(F)", "combine(B)", "dispatch(B)")
+
+
+class Seen(NamedTuple):
+    """What a rank saw.
+
+    Attributes:
+        error: text of the CommError, or of what else.
+        peers: whom it names.
+        seconds: how long it took from the operation before.
+        again: text of the error of the next start.
+    """
+
+    error: str
+    peers: tuple[int, ...]
+    seconds: float
+    again: str
+
+
+def whole_pass(d: Dispatcher[Any], given: Batch, before: Callable[[str], None]) -> None:
+    """All four operations; `before` is called with the name of each."""
+    before("dispatch(F)")
+    out = d.dispatch(given.x_TD.requires_grad_(), given.experts_TK, given.weights_TK)
+    out.rows_ND.register_hook(lambda _: before("dispatch(B)"))
+    rows_ND = out.rows_ND * out.weights_N[:, None]
+    before("combine(F)")
+    y_TD = d.combine(rows_ND, out.handle)
+    before("combine(B)")
+    y_TD.backward(given.grad_TD)
+
+
+class AbsentError(Exception):
+    """Raised on the rank that does not take part."""
+
+
+def stops(d: Dispatcher[Any], given: Batch, stop: Callable[[str], None]) -> Seen | None:
+    """A pass that `stop` ends on one rank; what the others see of it."""
+    began = time.monotonic()
+
+    def before(name: str) -> None:
+        nonlocal began
+        dist.barrier()  # a rank that is only late is not silent
+        began = time.monotonic()
+        stop(name)
+
+    try:
+        whole_pass(d, given, before)
+    except AbsentError:
+        return None
+    except CommError as error:
+        seconds = time.monotonic() - began
+        return Seen(str(error), error.peers, seconds, start_again(d, given))
+    return Seen("no error", (), 0.0, "")
+
+
+def start_again(d: Dispatcher[Any], given: Batch) -> str:
+    """How a dispatch after a failure ends."""
+    try:
+        d.dispatch(given.x_TD.detach(), given.experts_TK, given.weights_TK)
+    except CommError as error:
+        return str(error)
+    return "no error"
+
+
+def dies(rank: int, world: int, setting: Setting, operation: str, limit_s: float) -> None:
+    """The last rank dies just before `operation`; the others raise."""
+    mesh = setting.mesh()
+    whole_pass(setting.make(mesh), batch(rank, "even"), lambda _: None)  # all is set up
+    d = setting.make(mesh, timeout_s=limit_s)
+
+    def stop(name: str) -> None:
+        if rank == world - 1 and name == operation:
+            os._exit(1)
+
+    whole_pass(d, batch(rank, "even"), stop)
+
+
+def is_silent(rank: int, world: int, setting: Setting, limit_s: float) -> dict[str, Seen | None]:
+    """By operation: the last rank takes part no more from there on; each on groups of its own."""
+    # The groups' own limit is far away: the dispatcher's ends the wait.
+    shape, nodes = setting.shape, setting.nodes
+    meshes = [Mesh.create(shape, nodes=nodes, timeout_s=60 * limit_s) for _ in range(5)]
+    made = [setting.make(mesh, timeout_s=limit_s) for mesh in meshes[1:]]
+    found = {}
+    whole_pass(setting.make(meshes[0]), batch(rank, "even"), lambda _: None)  # all is set up
+    for operation, d in zip(OPERATIONS, made, strict=True):
+
+        def stop(name: str, operation: str = operation) -> None:
+            if rank == world - 1 and name == operation:
+                raise AbsentError
+
+        found[operation] = stops(d, batch(rank, "even"), stop)
+        dist.barrier()  # until then the silent rank stays
+    return found
+
+
+def refused(d: Dispatcher[Any], given: Batch) -> tuple[str, float]:
+    """The ValueError of a dispatch and the seconds until it came."""
+    began = time.monotonic()
+    try:
+        d.dispatch(given.x_TD, given.experts_TK, given.weights_TK)
+    except ValueError as error:
+        return str(error), time.monotonic() - began
+    return "no error", 0.0
+
+
+def strange_index(
+    rank: int, world: int, settings: Sequence[Setting]
+) -> list[list[tuple[str, float]]]:
+    """By setting: rank 2 alone names an expert that is not there; then all is well again."""
+    found = []
+    for setting, mesh in on_meshes(settings):
+        d = setting.make(mesh)
+        found.append([])
+        for strange in (E, -2, 0):
+            given = batch(rank, "even")
+            if rank == 2:
+                given.experts_TK[3, 1] = strange
+            found[-1].append(refused(d, given))
+    return found
+
+
+def too_many_nodes(rank: int, world: int, settings: Sequence[Setting]) -> list[tuple[str, float]]:
+    """By setting: a token of rank 1 reaches two nodes, the others' one."""
+    found = []
+    for setting, mesh in on_meshes(settings):
+        d = replace(setting, node_limit=1).make(mesh)
+        given = batch(rank, "even")
+        given.experts_TK.fill_(0)
+        if rank == 1:
+            given.experts_TK[4] = torch.tensor([0, 0, E - 1])
+        found.append(refused(d, given))
+    return found
+
+
+def unlike_sizes(rank: int, world: int) -> list[str]:
+    """What the factory says to nodes that two_hop cannot use."""
+    said = []
+    for nodes in ((0, 0, 0, 1), (0, 1, 1, 0)):
+        setting = Setting("two_hop", nodes)
+        mesh = setting.mesh()
+        try:
+            setting.make(mesh)
+            said.append("no error")
+        except ValueError as error:
+            said.append(str(error))
+        # All ranks refused alike, so that what they make next works.
+        given = batch(rank, "even")
+        out = replace(setting, name="dedup").make(mesh).dispatch(*given[:3])
+        assert out.handle.num_tokens * K == given.experts_TK.numel()
+    return said

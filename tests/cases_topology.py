@@ -1,0 +1,86 @@
+"""What ranks do in tests/comm/test_topology.py and tests/launch/test_doctor.py."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from unittest import mock
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from counterflow.comm.errors import CommError
+from counterflow.comm.topology import Topology, gather_topology, place_of_process
+from counterflow.launch.doctor_ranks import topology_of_ranks
+from counterflow.parallel.mesh import Mesh, MeshShape
+
+
+def _torchrun(rank: int, world: int, per_node: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "GROUP_RANK": str(rank // per_node),
+        "LOCAL_RANK": str(rank % per_node),
+        "LOCAL_WORLD_SIZE": str(per_node),
+    }
+
+
+def gathered(rank: int, world: int, per_node: int) -> Topology:
+    environ = _torchrun(rank, world, per_node)
+    return gather_topology(environ=environ, device=f"device {rank % per_node}")
+
+
+def one_wrong(rank: int, world: int) -> str:
+    """What a rank says of the topology when the environment of rank 1 is wrong."""
+    environ = _torchrun(rank, world, world) | ({"GROUP_RANK": "x"} if rank == 1 else {})
+    try:
+        gather_topology(environ=environ)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def one_missing(rank: int, world: int) -> str:
+    """What rank 0 says when rank 1 does not gather within the limit of the world, 0.5 s."""
+    _set_pg_timeout(timedelta(seconds=0.5))
+    if rank == 1:
+        time.sleep(1.5)  # there, but not with the others
+        return ""
+    try:
+        gather_topology(environ=_torchrun(rank, world, world))
+    except CommError as error:
+        return f"{error} {error.peers}"
+    return "no error"
+
+
+def warned(rank: int, world: int, nodes: Sequence[int]) -> list[str]:
+    """Warnings that this rank logs while it makes a mesh of two expert groups."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("counterflow.comm.topology")
+    logger.addHandler(handler)
+    try:
+        with mock.patch.dict(os.environ, _torchrun(rank, world, 2)):
+            Mesh.create(MeshShape(1, world, world // 2), nodes=nodes)
+    finally:
+        logger.removeHandler(handler)
+    return said
+
+
+def met(rank: int, _world: int, environs: Sequence[Mapping[str, str]], limit_s: float) -> object:
+    """The topology that processes find as the doctor does, or what they say instead."""
+    environ = environs[rank]
+    dist.destroy_process_group()  # the doctor makes a world of its own
+    try:
+        place = place_of_process(environ)
+        return topology_of_ranks(place, f"device {rank}", environ, timeout_s=limit_s)
+    except CommError as error:
+        return str(error)
+    finally:
+        # One for the pool to destroy.
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)

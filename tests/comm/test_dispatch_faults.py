@@ -1,0 +1,113 @@
+"""A peer that is gone ends a dispatch in time and is named; wrong input is refused by all ranks."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests import cases_dispatch_faults as cases
+from tests.cases_dispatch import SETTINGS, Setting
+from tests.ranks import RankError, RankPool
+
+OPERATIONS = cases.OPERATIONS
+PAIR = {name: Setting(name, (0, 0)) for name in ("flat", "dedup")}
+GRID = SETTINGS["two_hop"]  # ranks 0 and 1 on one node, 2 and 3 on the other
+
+
+def killed(world: int, **kwargs: Any) -> dict[int, str]:
+    """The errors of the ranks where the last one dies."""
+    with RankPool() as pool, pytest.raises(RankError) as caught:
+        pool.run(cases.dies, world=world, timeout_s=30, **kwargs)
+    errors = caught.value.errors
+    assert errors.pop(world - 1) == "the process died"
+    assert set(errors) == set(range(world - 1))
+    return errors
+
+
+@pytest.mark.parametrize("name", PAIR)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_peer_that_dies_is_named_with_the_operation(name: str, operation: str) -> None:
+    began = time.monotonic()
+    text = killed(2, setting=PAIR[name], operation=operation, limit_s=25.0)[0]
+    assert time.monotonic() - began < 25
+    assert re.fullmatch(
+        re.escape(f"CommError: rank 0: {operation} failed while waiting for rank 1: ")
+        + r".*Connection (reset|closed) by peer.*",
+        text,
+    ), text
+
+
+# Rank 3 is gone. Counts are exchanged among all; after that, rank 2 shares a node with rank 3, rank
+# 1 a rail, and rank 0 waits for one of those two.
+HOPS = {0: ("rank 1", "rank 2"), 1: ("rank 3", "rank 0"), 2: ("rank 3", "rank 0")}
+ALL = {0: ("ranks 1, 2, 3",), 1: ("ranks 0, 2, 3",), 2: ("ranks 0, 1, 3",)}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_in_two_hops_a_death_ends_the_wait_of_all_and_the_hops_peers_are_named(
+    operation: str,
+) -> None:
+    errors = killed(4, setting=GRID, operation=operation, limit_s=1.5)
+    for rank, text in errors.items():
+        peers = "|".join((ALL if operation == "dispatch(F)" else HOPS)[rank])
+        start = re.escape(f"CommError: rank {rank}: {operation} failed while waiting for ")
+        assert re.fullmatch(f"{start}({peers}): .*", text), text
+    assert any("by peer" in text for text in errors.values())
+
+
+@pytest.mark.parametrize("name", ["flat", "dedup", "two_hop"])
+def test_a_peer_that_is_silent_is_named_once_the_limit_is_over_and_later_starts_fail_too(
+    name: str,
+) -> None:
+    setting = GRID if name == "two_hop" else PAIR[name]
+    limit_s, world = 0.5, len(setting.nodes)
+    with RankPool() as pool:
+        found = pool.run(
+            cases.is_silent, world=world, setting=setting, limit_s=limit_s, timeout_s=60
+        )
+    assert found[-1] == dict.fromkeys(OPERATIONS)
+    for rank, of_rank in enumerate(found[:-1]):
+        for operation, seen in of_rank.items():
+            assert seen is not None
+            named = ("rank 1",)
+            if name == "two_hop":
+                named = (ALL if operation == "dispatch(F)" else HOPS)[rank]
+            start = f"rank {rank}: {operation} failed while waiting for "
+            assert seen.error in [f"{start}{who}: no answer within 0.5 s" for who in named]
+            assert f"rank{'s' * (len(seen.peers) > 1)} {', '.join(map(str, seen.peers))}" in named
+            # A lane's moves run one after another, and a hop waits once for each piece.
+            assert limit_s <= seen.seconds < limit_s + 5
+            assert seen.again == seen.error
+
+
+def test_an_index_out_of_range_on_one_rank_is_refused_by_all_at_once(ranks: RankPool) -> None:
+    settings = [SETTINGS[name] for name in ("flat", "dedup", "two_hop")]
+    for found in ranks.run(cases.strange_index, world=4, settings=settings):
+        for high, low, fine in found:
+            text = r"experts_TK of rank 2 holds experts {}, but .* has 8: 0\.\.7, or -1 for none"
+            assert re.match(text.format(r"\d\.\.8"), high[0])
+            assert re.match(text.format(r"-2\.\.\d"), low[0])
+            assert max(high[1], low[1]) < 10  # nobody waited for the limit of 30 s
+            assert fine[0] == "no error"
+
+
+def test_a_token_that_reaches_too_many_nodes_is_refused_by_all_at_once(ranks: RankPool) -> None:
+    names = ("two_hop", "two_hop, a rank a node", "two_hop, ranks dealt to nodes in turn")
+    settings = [SETTINGS[name] for name in names]
+    settings += [replace(settings[0], name="dedup"), replace(settings[2], name="flat")]
+    for found in ranks.run(cases.too_many_nodes, world=4, settings=settings):
+        for text, seconds in found:
+            assert text.startswith("a token of rank 1 goes to 2 nodes, but node_limit is 1")
+            assert seconds < 10
+
+
+def test_nodes_that_two_hop_cannot_use_are_refused_with_what_to_do(ranks: RankPool) -> None:
+    for unequal, crossed in ranks.run(cases.unlike_sizes, world=4):
+        assert "unevenly on their nodes (3 on node 0, 1 on node 1)" in unequal
+        assert "the dispatcher 'dedup'" in unequal
+        assert "in a changing order ([0, 1, 1, 0])" in crossed
+        assert "the dispatcher 'dedup'" in crossed
