@@ -13,10 +13,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from counterflow.comm import Dispatcher
+from counterflow.comm.dispatch.exchange import Peers
 from counterflow.model import ModelConfig
 from counterflow.model.moe import MoE
 from counterflow.parallel.mesh import Mesh
@@ -208,7 +208,7 @@ def recompute(rank: int, world: int, settings: Sequence[Setting]) -> list[str]:
     for setting, mesh in on_meshes(settings):
         d = setting.make(mesh)
         x_TD, experts_TK, weights_TK, _ = given = batch(rank, "uneven", torch.bfloat16)
-        with patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as calls:
+        with patch.object(Peers, "start", autospec=True, side_effect=Peers.start) as calls:
             first = d.dispatch(x_TD, experts_TK, weights_TK)
             exchanges = [calls.call_count]
             sent = list(d.sent_bytes["dispatch(F)"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Generic, TypeVar
@@ -81,7 +82,7 @@ class Peers:
         receive_splits: Sequence[int],
         operation: str,
     ) -> Callable[[], None]:
-        """Start an all-to-all; the function returned waits for it.
+        """Start exchanging rows, each rank with each; the function returned waits for it.
 
         On the CPU it waits on the host, within the limit. On a GPU the current stream waits and the
         host goes on; the limit there is the process group's, which its watchdog keeps.
@@ -97,32 +98,78 @@ class Peers:
         """
         assert send.dtype == receive.dtype == torch.uint8
         assert (len(send), len(receive)) == (sum(send_splits), sum(receive_splits))
-        if self._group is None:
-            receive.copy_(send)
-            return _nothing
         try:
-            work = dist.all_to_all_single(
-                receive,
-                send,
-                list(receive_splits),
-                list(send_splits),
-                group=self._group,
-                async_op=True,
-            )
+            if send.is_cuda:
+                works = self._start_collective(send, send_splits, receive, receive_splits)
+            else:
+                works = self._start_directly(send, send_splits, receive, receive_splits)
         except RuntimeError as error:
             raise self._error(operation, error) from error
-        assert work is not None  # this rank is a member of its own group
 
         def wait() -> None:
+            end = time.monotonic() + self._timeout_s
             try:
-                if send.is_cuda:
-                    work.wait()
-                else:
-                    work.wait(timedelta(seconds=self._timeout_s))
+                for work in works:
+                    if send.is_cuda:
+                        work.wait()
+                    else:
+                        left_s = max(end - time.monotonic(), 1e-3)  # 0 would mean no limit
+                        work.wait(timedelta(seconds=left_s))
             except RuntimeError as error:
                 raise self._error(operation, error) from error
 
         return wait
+
+    def _start_collective(
+        self,
+        send: Tensor,
+        send_splits: Sequence[int],
+        receive: Tensor,
+        receive_splits: Sequence[int],
+    ) -> list[dist.Work]:
+        if self._group is None:
+            receive.copy_(send)
+            return []
+        work = dist.all_to_all_single(
+            receive,
+            send,
+            list(receive_splits),
+            list(send_splits),
+            group=self._group,
+            async_op=True,
+        )
+        assert work is not None  # this rank is a member of its own group
+        return [work]
+
+    def _start_directly(
+        self,
+        send: Tensor,
+        send_splits: Sequence[int],
+        receive: Tensor,
+        receive_splits: Sequence[int],
+    ) -> list[dist.Work]:
+        """Every pair by itself, receives before sends.
+
+        Gloo's all-to-all posts its sends first, so that two ranks with much for each other take
+        turns instead of using both directions of their link at once.
+        """
+        outgoing, incoming = send.split(list(send_splits)), receive.split(list(receive_splits))
+        here = self.ranks.index(self._rank)
+        incoming[here].copy_(outgoing[here])
+        # Each rank begins with the one after it, so that not all of them send to the same.
+        turn = [(here + step) % self.size for step in range(1, self.size)]
+        works = [
+            dist.irecv(incoming[peer], self.ranks[peer], group=self._group)
+            for peer in turn
+            if receive_splits[peer]
+        ]
+        works += [
+            dist.isend(outgoing[peer], self.ranks[peer], group=self._group)
+            for peer in turn
+            if send_splits[peer]
+        ]
+        assert None not in works  # this rank is a member of its own group
+        return [work for work in works if work is not None]
 
     def _error(self, operation: str, error: RuntimeError) -> CommError:
         return CommError(
@@ -130,7 +177,3 @@ class Peers:
             f"{name_ranks(self.others)}: {backend_reason(error, self._timeout_s)}",
             peers=self.others,
         )
-
-
-def _nothing() -> None:
-    return None
