@@ -292,6 +292,17 @@ def main() -> None:
     options = parser.parse_args()
     if min(options.hosts) < 2:
         parser.error(f"--hosts: nothing crosses with {min(options.hosts)}; take 2 or more")
+    for name in ("ranks_per_host", "tokens", "hidden", "experts", "repeats", "link_mbit"):
+        if not getattr(options, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    for hosts in options.hosts:
+        ranks = hosts * options.ranks_per_host
+        if options.experts % (8 * ranks) and options.experts % ranks + options.experts % 8:
+            parser.error(
+                f"--experts {options.experts} must divide among {ranks} ranks and 8 groups"
+            )
+        if 8 % hosts:
+            parser.error(f"--hosts {hosts}: the router's 8 groups must divide among the hosts")
     reason = why_not()
     if reason is not None:
         sys.exit(f"bench.dispatch needs hosts in network namespaces: {reason}")

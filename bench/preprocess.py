@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import cast
 
@@ -19,12 +19,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from counterflow.comm.dispatch.base import Options
+from counterflow.comm.dispatch.census import UNKNOWN
 from counterflow.comm.dispatch.exchange import Peers
 from counterflow.comm.dispatch.grid import NodeGrid
 from counterflow.comm.dispatch.hops import Hops
-from counterflow.comm.dispatch.lane import Lane
 from counterflow.comm.dispatch.layout import ExpertLayout
-from counterflow.comm.dispatch.payload import Payload
 from counterflow.comm.dispatch.route import SlotTables
 from counterflow.parallel.mesh import Mesh, MeshShape
 from tests.cases_dispatch_bytes import Sizes, routing
@@ -46,17 +45,9 @@ class Told(Peers):
         self.ranks = tuple(range(num_ranks))
         self.others = self.ranks[1:]
 
-    def start(
-        self,
-        send: Tensor,
-        send_splits: Sequence[int],
-        receive: Tensor,
-        receive_splits: Sequence[int],
-        operation: str,
-    ) -> Callable[[], None]:
-        """See `Peers.start`."""
-        receive.copy_(self.lines.view(torch.uint8))
-        return lambda: None
+    def tell(self, lines: Tensor, operation: str) -> Tensor:
+        """See `Peers.tell`."""
+        return self.lines.clone()
 
 
 def _dispatcher(name: str, rank: int, nodes: Sequence[int], num_experts: int, told: Told) -> Hops:
@@ -64,9 +55,7 @@ def _dispatcher(name: str, rank: int, nodes: Sequence[int], num_experts: int, to
     mesh = Mesh(MeshShape(1, num_ranks, num_ranks), rank, nodes)
     mesh.ep_group = cast("dist.ProcessGroup", object())  # `told` is asked in its place
     layout = ExpertLayout.contiguous(num_experts, num_ranks)
-    options = Options(Payload(), 1, None, 4, None, 60.0)
-    lane = Lane(rank, told.others, mesh.waits, options.timeout_s)
-    make = partial(Hops, name, mesh, layout, options, lane=lane, everyone=told)
+    make = partial(Hops, name, mesh, layout, Options(), everyone=told)
     if name == "two_hop":
         return make(grid=_grid(name, nodes), rail=told, node=told)
     return make(grid=_grid(name, nodes), each_choice=name == "flat")
@@ -93,8 +82,8 @@ def case(
         lines = []
         for source, experts_TK in enumerate(experts):
             d = _dispatcher(name, source, nodes, sizes.num_experts, told)
-            tables = SlotTables(d.layout, _grid(name, nodes), cpu)
-            lines.append(d.count(experts_TK, tables)[-1][0])
+            tables = SlotTables(d.layout, _grid(name, nodes), nodes, cpu)
+            lines.append(d.count(experts_TK, UNKNOWN, tables)[-1][0])
         told.lines = torch.stack(lines)
         made[name] = _dispatcher(name, 0, nodes, sizes.num_experts, told)
         made[name].start_preprocess(experts[0]).finish()

@@ -55,12 +55,24 @@ class Traffic:
         grid: which ranks share a node.
         hops: in the order in which a dispatch takes them; a combine goes back the other way.
         experts_per_record: weights and slots that go with a record.
+        num_slots: expert slots of the layout, on which the size of a slot's index depends.
     """
 
     backend: str
     grid: NodeGrid
     hops: tuple[Hop, ...]
     experts_per_record: int
+    num_slots: int
+
+    def record_bytes(self, phase: str, sizes: RowSizes) -> int:
+        """Bytes of one message row.
+
+        Raises:
+            ValueError: there is no such phase.
+        """
+        if phase not in PHASES:
+            raise ValueError(f"there is no phase {phase!r}; use one of {', '.join(PHASES)}")
+        return sizes.record_bytes(phase, self.experts_per_record, self.num_slots)
 
     def hop_bytes(self, phase: str, sizes: RowSizes) -> list[Matrix]:
         """Bytes sent in each hop, [R, R] each: row sends, column receives; the diagonal is 0.
@@ -87,9 +99,7 @@ class Traffic:
         return np.sum([bytes_RR.diagonal() for bytes_RR in self._bytes(phase, sizes)], axis=0)
 
     def _bytes(self, phase: str, sizes: RowSizes) -> list[Matrix]:
-        if phase not in PHASES:
-            raise ValueError(f"there is no phase {phase!r}; use one of {', '.join(PHASES)}")
-        record = sizes.record_bytes(phase, self.experts_per_record)
+        record = self.record_bytes(phase, sizes)
         if PHASES[phase].spread:
             return [hop.records_RR * record for hop in self.hops]
         return [hop.records_RR.T * record for hop in reversed(self.hops)]
@@ -168,8 +178,8 @@ class Routes:
             across = self._hop(ACROSS, start, goal // rows * rows + start % rows)
             start, goal = self._sends(self._first_of_rank)
             hops = (across, self._hop(INSIDE, goal // rows * rows + start % rows, goal))
-        top_k = self.slots_TK.shape[1]
-        return Traffic(backend, self.grid, hops, 1 if backend == "flat" else top_k)
+        experts = 1 if backend == "flat" else self.slots_TK.shape[1]
+        return Traffic(backend, self.grid, hops, experts, self.layout.num_slots)
 
     def _sends(self, chosen_TK: Bools) -> tuple[Ints, Ints]:
         """Places where each chosen (token, expert) starts and where it ends."""
@@ -252,12 +262,6 @@ def across_nodes(grid: NodeGrid) -> Bools:
     """[R, R], whether two ranks are on different nodes."""
     nodes = places_of(grid) // grid.ranks_per_node
     return nodes[:, None] != nodes
-
-
-def imbalance(counts: Matrix) -> float:
-    """The largest over the mean; 1 where all are equal, and where there is nothing."""
-    mean = float(counts.mean())
-    return float(counts.max()) / mean if mean else 1.0
 
 
 def _check(rank: int, chosen: npt.NDArray[Any], first: npt.NDArray[Any], experts: int) -> None:

@@ -76,11 +76,13 @@ def expected_traffic(
     ranks = grid.num_ranks
     if backend == "flat":
         rows = num_tokens * choice.top_k / ranks  # each rank has as many experts
-        return Traffic(backend, grid, (Hop(ALL, np.full((ranks, ranks), rows)),), 1)
+        return Traffic(
+            backend, grid, (Hop(ALL, np.full((ranks, ranks), rows)),), 1, layout.num_slots
+        )
     reach_R = np.array([chance_to_reach(choice, layout.experts_of(r)) for r in range(ranks)])
     if backend == "dedup":
         records_RR = np.tile(num_tokens * reach_R, (ranks, 1))
-        return Traffic(backend, grid, (Hop(ALL, records_RR),), choice.top_k)
+        return Traffic(backend, grid, (Hop(ALL, records_RR),), choice.top_k, layout.num_slots)
     across = num_tokens * _reach_of_nodes(choice, layout, grid)
     return Traffic(
         backend,
@@ -98,6 +100,7 @@ def expected_traffic(
             ),
         ),
         choice.top_k,
+        layout.num_slots,
     )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .dispatch.sizes import record_starts, slot_bytes
+
 _SCALE_BYTES = 4  # a float32
-WEIGHT_BYTES = 4  # a float32
-INDEX_BYTES = 2  # an int16, the slot of an expert
+_WEIGHT_BYTES = 4  # a float32
 
 
 @dataclass(frozen=True)
-class Payload:
+class PayloadSizes:
     """How elements of rows travel.
 
     Attributes:
@@ -27,7 +28,7 @@ class Payload:
     tile: int = 0
 
     @classmethod
-    def named(cls, name: str) -> Payload:
+    def named(cls, name: str) -> PayloadSizes:
         """The payload called "fp32", "bf16" or "fp8".
 
         Raises:
@@ -49,7 +50,11 @@ class Payload:
 
 # fp8 is E4M3 with a scale for each 1x128 tile on the way to the experts, BF16 on the way back
 # (arXiv 2412.19437, section 3.2.2).
-PAYLOADS = (Payload("bf16", 2, 2), Payload("fp32", 4, 4), Payload("fp8", 1, 2, tile=128))
+PAYLOADS = (
+    PayloadSizes("bf16", 2, 2),
+    PayloadSizes("fp32", 4, 4),
+    PayloadSizes("fp8", 1, 2, tile=128),
+)
 
 
 class Phase(NamedTuple):
@@ -83,27 +88,21 @@ class RowSizes:
         hidden: D, elements of a row.
     """
 
-    payload: Payload
+    payload: PayloadSizes
     hidden: int
 
-    def record_bytes(self, phase: str, experts: int) -> int:
+    def record_bytes(self, phase: str, experts: int, num_slots: int) -> int:
         """Bytes of one message row: the elements, then weights and slots where they go along.
-
-        Each part begins at a multiple of the size of its items, and a record's length is a multiple
-        of the largest of these sizes, so that every item lies where a GPU can read it.
 
         Args:
             phase: a key of PHASES.
             experts: experts that a record has room for: K, or 1 where each has a row of its own.
+            num_slots: expert slots of the layout.
         """
         what = PHASES[phase]
         parts = self.payload.parts(self.hidden, spread=what.spread)
         if what.weights:
-            parts.append((WEIGHT_BYTES, experts))
+            parts.append((_WEIGHT_BYTES, experts))
         if what.indices:
-            parts.append((INDEX_BYTES, experts))
-        end = 0
-        for item, count in parts:
-            end = -(-end // item) * item + item * count
-        largest = max(item for item, _ in parts)
-        return -(-end // largest) * largest
+            parts.append((slot_bytes(num_slots), experts))
+        return record_starts(parts)[-1]

@@ -15,6 +15,8 @@ Ints = npt.NDArray[np.int64]
 
 # Scores that are held at once: small enough for caches, large enough that Python does not count.
 _BLOCK = 1 << 20
+# Popularity then spans more than a float32 sigmoid tells apart; far beyond, it overflows.
+MOST_SKEW = 10.0
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,19 @@ def random_routing(
     Args:
         choice: how experts are chosen.
         num_ranks, num_tokens: R; T of each rank.
-        skew: 0: all experts are equally popular; 1: popularity varies as much as tokens do.
+        skew: 0: all experts are equally popular; 1: popularity varies as much as tokens do; at most
+            MOST_SKEW.
         seed: equal seeds give equal routings; a rank's tokens do not depend on how many ranks
             there are.
 
     Returns:
         [R, T, K], in no particular order within a token.
+
+    Raises:
+        ValueError: a skew beyond its limits.
     """
+    if not 0 <= skew <= MOST_SKEW:
+        raise ValueError(f"skew must be from 0 to {MOST_SKEW:g}, got {skew:g}")
     popularity_E = np.random.default_rng([seed, 1]).standard_normal(choice.num_experts) * skew
     experts = np.empty((num_ranks, num_tokens, choice.top_k), dtype=np.int64)
     block = max(1, _BLOCK // choice.num_experts)

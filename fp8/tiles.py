@@ -58,5 +58,8 @@ def dequantize_tiles(values: Tensor, scales: Tensor, dtype: torch.dtype = torch.
             f"scales of {list(values.shape)} values must be [..., {-(-columns // TILE)}], one a "
             f"tile of {TILE}, got {list(scales.shape)}"
         )
-    wide = scales.repeat_interleave(TILE, dim=-1)[..., :columns]
-    return (values.float() * wide).to(dtype)
+    wide = values.float()
+    whole = columns // TILE
+    wide[..., : whole * TILE].unflatten(-1, (whole, TILE)).mul_(scales[..., :whole, None])
+    wide[..., whole * TILE :].mul_(scales[..., whole:])  # a shorter last tile, or nothing
+    return wide.to(dtype)

@@ -39,28 +39,33 @@ _OPTIONAL = (
     ("mpi4py", "mpi4py"),
     ("pynvml", "nvidia-ml-py"),
 )
-# Print a JSON object. Importing mpi4py.MPI tells whether its MPI is there, but must not start it.
-_ASK = "import json, {module} as m; print(json.dumps([getattr(m, '__version__', None)]))"
+# Set `found`, a list of texts. Importing mpi4py.MPI tells whether its MPI is there, but must not
+# start it.
+_ASK = "import {module} as m; found = [getattr(m, '__version__', None)]"
 _ASK_MPI = """
-import json, mpi4py
+import mpi4py
 mpi4py.rc.initialize = False
 from mpi4py import MPI
 library = " ".join(MPI.Get_library_version().replace(",", " ").split()[:3])
-print(json.dumps([f"{mpi4py.__version__} with {library}"]))
+found = [f"{mpi4py.__version__} with {library}"]
 """
 _ASK_TORCH = """
-import json, torch
+import torch
 try:
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
 except Exception:
     nccl = None
-print(json.dumps([torch.__version__, torch.version.cuda, nccl]))
+found = [torch.__version__, torch.version.cuda, nccl]
 """
+# Libraries print too, also at exit: the mark tells the answer from what they say.
+_MARK = "counterflow found "
+_ANSWER = f"\nimport json; print('\\n{_MARK}' + json.dumps(found), flush=True)"
 _IMPORT_LIMIT_S = 120.0
 
 # Variables that change how a run communicates or computes: names, and beginnings of names.
 _VARIABLES = (
     "CUDA_DEVICE_MAX_CONNECTIONS",
+    "CUDA_DEVICE_ORDER",
     "CUDA_VISIBLE_DEVICES",
     "GLOO_SOCKET_IFNAME",
     "OMP_NUM_THREADS",
@@ -99,7 +104,7 @@ class Facts:
         host, gpus, nics: of this machine.
         nearest: the NICs nearest to each GPU.
         python: its version.
-        place: this process's place, by its launcher.
+        place: this process's place, by its launcher; None where that makes no sense.
         libraries: torch, what torch brings, and the optional ones.
         environment: variables that matter, None where not set.
         topology: of all ranks, or why they could not be gathered.
@@ -107,7 +112,7 @@ class Facts:
 
     host: Host
     python: str
-    place: ProcessPlace
+    place: ProcessPlace | None
     gpus: GpuFacts
     nics: tuple[Nic, ...]
     nearest: tuple[NearestNics, ...]
@@ -122,13 +127,17 @@ class Facts:
 
 
 def find_facts(
-    place: ProcessPlace, gpus: GpuFacts, topology: Topology | str, environ: Mapping[str, str]
+    place: ProcessPlace | None,
+    gpus: GpuFacts,
+    topology: Topology | str,
+    environ: Mapping[str, str],
+    root: Path = Path("/"),
 ) -> Facts:
-    """Look at this machine; the arguments are what has been found out before."""
-    nics = find_nics()
-    devices = Path("/sys/bus/pci/devices")
+    """Look at the machine whose files are under `root`; the rest has been found out before."""
+    nics = find_nics(root)
+    devices = root / "sys/bus/pci/devices"
     return Facts(
-        host=find_host(),
+        host=find_host(root),
         python=platform.python_version(),
         place=place,
         gpus=gpus,
@@ -187,11 +196,11 @@ def find_libraries() -> tuple[Library, ...]:
 def ask_library(
     module: str, code: str, *, limit_s: float = _IMPORT_LIMIT_S
 ) -> list[str | None] | str:
-    """What `code`, which imports a library, prints as JSON in a process of its own.
+    """What `code`, which imports a library, finds in a process of its own.
 
     Args:
         module: the library; if it is not installed no process is started.
-        code: prints one line with a JSON list of texts.
+        code: sets `found`, a list of texts.
         limit_s: how long it may take, seconds.
 
     Returns:
@@ -202,7 +211,7 @@ def ask_library(
     try:
         # -P: a folder of the library's name in the working directory is not the library.
         done = subprocess.run(
-            [sys.executable, "-P", "-c", code],
+            [sys.executable, "-P", "-c", code + _ANSWER],
             capture_output=True,
             text=True,
             errors="replace",
@@ -216,7 +225,10 @@ def ask_library(
     if done.returncode:
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         return said[-1] if said else f"its import ends with exit status {done.returncode}"
-    return json.loads(done.stdout.splitlines()[-1])  # what comes before, it says of itself
+    answers = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
+    if not answers:
+        return "it does not let Python say what it is"
+    return json.loads(answers[-1].removeprefix(_MARK))
 
 
 def _version_of(package: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -21,6 +22,10 @@ _HOW_NEAR: dict[Nearness, str] = {
 }
 
 
+# Blanks at the end of a line, which rich pads with, before what sets colours back.
+_TRAILING = re.compile(r" +((?:\x1b\[[0-9;]*m)*)$", re.MULTILINE)
+
+
 class Section(NamedTuple):
     """One table: a title, the names of the columns, rows of as many texts, sentences below."""
 
@@ -37,7 +42,7 @@ def as_json(facts: Facts) -> dict[str, Any]:
         "host": asdict(facts.host),
         "python": facts.python,
         "torch": facts.torch,
-        "place": asdict(facts.place),
+        "place": asdict(facts.place) if facts.place else None,
         "driver": {"version": gpus.driver, "cuda": gpus.cuda, "reason": gpus.reason or None},
         "gpus": list(map(_gpu_as_json, gpus.gpus, facts.nearest)),
         "nics": [_nic_as_json(nic) for nic in facts.nics],
@@ -100,7 +105,9 @@ def print_facts(facts: Facts) -> None:
             table.add_row(*row)
         console.print(title, style="bold")
         if rows:
-            console.print(table)
+            with console.capture() as capture:
+                console.print(table)
+            print(_TRAILING.sub(r"\1", capture.get()), end="")
         for note in notes:
             console.print(f"note: {note}")
         console.print()
@@ -110,7 +117,10 @@ def _version(library: Library) -> str:
     return library.version or library.reason or ""
 
 
-def _place(place: ProcessPlace) -> str:
+def _place(place: ProcessPlace | None) -> str:
+    if place is None:
+        return "unknown, as the environment is wrong"
+
     def known(value: int | None) -> str:
         return "?" if value is None else str(value)
 

@@ -26,17 +26,16 @@ def topology_of_ranks(
         timeout_s: limit of each wait for the others, seconds.
 
     Raises:
-        ValueError: the environment does not tell where the ranks meet.
+        ValueError: the environment does not tell where the ranks meet, or MPI cannot be asked.
         CommError: some did not come within the limit.
     """
     seat = Seat(place, this_machine(), device)
     if place.world_size == 1:
         return Topology.of([seat])
     if place.source == "mpi":
+        mpi = load_mpi(place.rank, place.world_size)
         what = "tell their hosts and devices"
-        return Topology.of(
-            gather_in_mpi(load_mpi(place.world_size), seat, what, timeout_s=timeout_s)
-        )
+        return Topology.of(gather_in_mpi(mpi, seat, what, timeout_s=timeout_s))
     meeting = Place.of(environ) if place.source != "slurm" else meeting_of_step(place, environ)
     with joined(meeting, "gloo", timeout_s=timeout_s):
         return gather_topology(environ=environ, device=device, timeout_s=timeout_s)

@@ -26,6 +26,8 @@ def make_experts(config: Config, mesh: Mesh) -> Dispatcher[Any]:
             payload=wanted.payload,
             node_limit=_node_limit(config, mesh),
             chunks=wanted.chunks,
+            hidden=config.model.hidden_size,
+            top_k=config.model.num_experts_per_tok,
             timeout_s=config.run.timeout_s,
         )
     except ValueError as error:

@@ -26,12 +26,14 @@ class Answer:
     Attributes:
         options: what was asked for.
         routes: the routing.
+        pieces: in which hops overlap.
         traffics: what each backend sends, by name.
         costs: by backend, what each phase costs.
     """
 
     options: Options
     routes: Routes
+    pieces: int
     traffics: dict[str, Traffic]
     costs: dict[str, dict[str, Cost]]
 
@@ -73,6 +75,7 @@ def run(parsed: argparse.Namespace) -> int:
 def _answer(options: Options) -> Answer:
     from ..comm.cost import phase_costs
     from ..comm.dispatch.grid import NodeGrid
+    from ..comm.dispatch.sizes import num_pieces
     from ..comm.traffic import BACKENDS, route
 
     experts = _made_up(options) if options.file is None else _from_file(options, options.file)
@@ -86,12 +89,13 @@ def _answer(options: Options) -> Answer:
     layout = options.layout_on(ranks)
     check_number(ranks, 1, layout.num_slots)
     routes = route(experts, layout, grid)
+    pieces = num_pieces(experts.shape[1], options.chunks)  # of any rank, as all have as many
     traffics = {backend: routes.traffic(backend) for backend in BACKENDS}
     costs = {
-        backend: phase_costs(traffic, options.sizes, options.links, chunks=options.chunks)
+        backend: phase_costs(traffic, options.sizes, options.links, chunks=pieces)
         for backend, traffic in traffics.items()
     }
-    return Answer(options, routes, traffics, costs)
+    return Answer(options, routes, pieces, traffics, costs)
 
 
 def _made_up(options: Options) -> npt.NDArray[Any]:
@@ -117,12 +121,16 @@ def _from_file(options: Options, path: Path) -> npt.NDArray[Any]:
         ValueError: it holds something else, or not what other options say.
     """
     import numpy as np
+    from numpy.lib.format import open_memmap
 
     try:
         # Mapped, so that what is far too large is refused by its header alone.
-        experts = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"--routing {path}: is no array of numpy (.npy): {error}") from None
+        with np.errstate(over="raise"):
+            experts = open_memmap(path, mode="r")
+    except (ValueError, EOFError, ArithmeticError):
+        raise ValueError(
+            f"--routing {path}: is no array of numbers, whole and as numpy.save writes it (.npy)"
+        ) from None
     if experts.ndim not in (2, 3) or experts.dtype.kind not in "iu" or experts.shape[-1] < 1:
         raise ValueError(
             f"--routing {path}: must be integers [ranks, tokens, k] or [tokens, k], got "

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..comm.cost import Cost
-from ..comm.traffic import Ints, across_nodes, imbalance, node_matrix
+from ..comm.dispatch.balance import imbalance
+from ..comm.traffic import Ints, across_nodes, node_matrix
 
 if TYPE_CHECKING:
     from .traffic_command import Answer
@@ -38,6 +39,7 @@ def to_json(answer: Answer) -> dict[str, object]:
         "payload": options.sizes.payload.name,
         "links": asdict(options.links),
         "chunks": options.chunks,
+        "pieces": answer.pieces,
         "node_limit": limit,
         "beyond_node_limit": len(beyond),
         "first_beyond": [{"rank": r, "token": t} for r, t in beyond[:_NAMED].tolist()],
@@ -84,7 +86,7 @@ def _phase(answer: Answer, backend: str, phase: str, cost: Cost) -> dict[str, ob
     sent = traffic.rank_bytes(phase, sizes)
     away = across_nodes(traffic.grid)
     return {
-        "record_bytes": sizes.record_bytes(phase, traffic.experts_per_record),
+        "record_bytes": traffic.record_bytes(phase, sizes),
         "across_bytes": int(sent[away].sum()),
         "inside_bytes": int(sent[~away].sum()),
         "local_bytes": int(traffic.local_bytes(phase, sizes).sum()),

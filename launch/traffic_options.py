@@ -21,7 +21,9 @@ MADE_UP = ("random", "balanced", "hot")
 # A matrix of so many ranks, and so many chosen experts, take about 2 GB.
 MOST_RANKS = 2048
 MOST_CHOICES = 1 << 25
-MOST_EXPERTS = 1 << 15  # slots are sent as int16
+MOST_EXPERTS = 1 << 16
+MOST_HIDDEN = 1 << 20
+MOST_NUMBER = (1 << 31) - 1  # of what has no narrower limit
 
 # DeepSeek-V3's (arXiv 2412.19437): 256 experts, 8 a token, on 8 nodes of which a token sees 4.
 _RANKS, _RANKS_PER_NODE, _TOKENS, _HIDDEN = 64, 8, 4096, 7168
@@ -144,8 +146,7 @@ def read_options(parsed: argparse.Namespace) -> Options:
         ValueError: one of them, or two together, make no sense.
         OSError: a file cannot be read.
     """
-    from ..comm.cost import Links
-    from ..comm.traffic_sizes import PHASES, Payload, RowSizes
+    from ..comm.traffic_sizes import PHASES, PayloadSizes, RowSizes
 
     routing, file = _routing(parsed.routing)
     outputs = _outputs(parsed)
@@ -176,9 +177,10 @@ def read_options(parsed: argparse.Namespace) -> Options:
         layout=layout,
         experts=experts,
         sizes=RowSizes(
-            Payload.named(parsed.payload or "bf16"), _whole("--hidden", parsed.hidden) or _HIDDEN
+            PayloadSizes.named(parsed.payload or "bf16"),
+            _whole("--hidden", parsed.hidden, most=MOST_HIDDEN) or _HIDDEN,
         ),
-        links=Links.parse(parsed.links or "h800"),
+        links=_links(parsed.links or "h800"),
         chunks=_whole("--chunks", parsed.chunks) or _CHUNKS,
         phase=phase,
         matrix_of=_matrix_of(parsed.matrix_of),
@@ -262,7 +264,22 @@ def _matrix_of(text: str | None) -> tuple[str, int | None]:
     return backend, int(hop) if hop else None
 
 
-def _whole(flag: str, text: str | None, least: int = 1, default: int | None = None) -> int | None:
+def _links(text: str) -> Links:
+    from ..comm.cost import Links
+
+    try:
+        return Links.parse(text)
+    except ValueError as error:
+        raise ValueError(f"--links: {error}") from None
+
+
+def _whole(
+    flag: str,
+    text: str | None,
+    least: int = 1,
+    default: int | None = None,
+    most: int = MOST_NUMBER,
+) -> int | None:
     if text is None:
         return default
     try:
@@ -271,14 +288,18 @@ def _whole(flag: str, text: str | None, least: int = 1, default: int | None = No
         number = least - 1
     if number < least:
         raise ValueError(f"{flag} must be a whole number from {least} up, got {text!r}")
+    if number > most:
+        raise ValueError(f"{flag} can be {most:,} at most, got {text!r}")
     return number
 
 
 def _skew(text: str | None) -> float:
+    from ..comm.traffic_synthetic import MOST_SKEW
+
     try:
         skew = float(text or 0)
     except ValueError:
         skew = math.nan
-    if not (math.isfinite(skew) and skew >= 0):
-        raise ValueError(f"--skew must be a number from 0 up, got {text!r}")
+    if not 0 <= skew <= MOST_SKEW:
+        raise ValueError(f"--skew must be a number from 0 to {MOST_SKEW:g}, got {text!r}")
     return skew

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
-from ..comm.traffic import Matrix, node_matrix
+from ..comm.traffic import Matrix, across_nodes, node_matrix
 from ..parallel.simulate.draw.figures import on_white, save_png, style_axes, to_svg
 from .palette import LIGHT as INK
 from .traffic_text import describe, size
@@ -25,7 +26,7 @@ _DPI = 150  # of bitmaps; a cell of 64 ranks then has 7 dots
 _COLOURS = "YlGnBu"
 _MOST_NUMBERS = 8  # nodes, up to which their cells have numbers in them
 _MOST_BORDERS = 32  # nodes, up to which lines between them leave room for cells
-_DARK = 0.6  # share of the highest value above which a cell needs pale text
+_DARK = 0.6  # place on the scale of colours above which a cell needs pale text
 
 
 def save_picture(answer: Answer, path: Path) -> None:
@@ -40,7 +41,8 @@ def save_picture(answer: Answer, path: Path) -> None:
 def draw(answer: Answer) -> Figure:
     """A column a backend: the bytes sent rank by rank above, node by node below.
 
-    A row of panels has one scale of colours; cells without bytes are empty.
+    A row of panels has one logarithmic scale of colours, since much more passes inside nodes than
+    across; cells without bytes are empty.
     """
     grid = answer.routes.grid
     ranks = {backend: answer.bytes_of(backend) for backend in answer.traffics}
@@ -52,16 +54,22 @@ def draw(answer: Answer) -> Figure:
     )
     panels = figure.subplots(2, len(ranks), squeeze=False)
     for row, matrices in zip(panels, (ranks, nodes), strict=True):
-        norm = Normalize(0, max(1, *(matrix.max() for matrix in matrices.values())))
+        norm = _scale(list(matrices.values()))
         for axes, (backend, matrix) in zip(row, matrices.items(), strict=True):
             if matrices is ranks:
                 _draw_ranks(axes, matrix, grid, norm)
-                title = f"{backend}: {size(int(matrix.sum()))} sent"
-                axes.set_title(title, loc="left", fontsize=10, color=INK["ink"])
+                away = across_nodes(grid)
+                across, inside = size(int(matrix[away].sum())), size(int(matrix[~away].sum()))
+                title = f"{backend}: {across} across, {inside} inside nodes"
+                axes.set_title(title, loc="left", fontsize=9, color=INK["ink"])
             else:
                 _draw_nodes(axes, matrix, norm)
-        bar = figure.colorbar(ScalarMappable(norm, _COLOURS), ax=list(row), aspect=30, pad=0.01)
+        ticks = LogLocator(subs=(1.0, 2.0, 5.0)) if isinstance(norm, LogNorm) else None
+        bar = figure.colorbar(
+            ScalarMappable(norm, _COLOURS), ax=list(row), aspect=30, pad=0.01, ticks=ticks
+        )
         bar.ax.yaxis.set_major_formatter(lambda value, _: size(value))
+        bar.ax.yaxis.set_minor_formatter(NullFormatter())
         bar.ax.tick_params(colors=INK["ink"], labelsize=8)
         bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     options = answer.options
@@ -72,6 +80,12 @@ def draw(answer: Answer) -> Figure:
         parse_math=False,
     )
     return figure
+
+
+def _scale(matrices: list[Matrix]) -> Normalize:
+    """From the fewest bytes in a cell of any of them to the most, with some room below."""
+    sent = np.concatenate([matrix[matrix > 0] for matrix in matrices])
+    return LogNorm(sent.min() / 2, sent.max()) if sent.size else Normalize(0, 1)
 
 
 def _draw_ranks(axes: Axes, matrix_RR: Matrix, grid: NodeGrid, norm: Normalize) -> None:
@@ -98,7 +112,7 @@ def _draw_nodes(axes: Axes, matrix_nn: Matrix, norm: Normalize) -> None:
     if nodes <= _MOST_NUMBERS:
         for y, x in np.argwhere(matrix_nn):
             value = matrix_nn[y, x].item()
-            pale = value > _DARK * norm.vmax if norm.vmax else False
+            pale = norm(value) > _DARK
             number, unit = size(value).split()
             axes.text(
                 x,

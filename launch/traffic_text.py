@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..comm.dispatch.balance import imbalance
 from ..comm.matrix_file import buffer_bytes
-from ..comm.traffic import across_nodes, imbalance
+from ..comm.traffic import across_nodes
 from .tables import Table, print_table, widest_that_fits
 
 if TYPE_CHECKING:
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
 _FIRST_TO_GO = (
     "all sent",
     "row",
-    "bytes vs flat",
-    "time vs flat",
     "worst rank",
     "combine ms",
     "inside/token",
+    "time vs flat",
+    "bytes vs flat",
 )
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
@@ -101,6 +102,8 @@ def _print_nodes(answer: Answer) -> None:
             f"mean {routes.nodes_per_token.mean():.3f} nodes, {away:.3f} of them not its own; mean "
             f"{routes.ranks_per_token.mean():.3f} ranks, at most {routes.ranks_per_token.max()}"
         )
+    else:
+        _fill("there are no tokens, so nothing is sent")
     if limit is not None:
         _fill(f"tokens beyond the node limit of {limit}: {len(routes.beyond(limit)):,}")
     for name, rows in (("rank", routes.rows_per_rank), ("expert slot", routes.rows_per_slot)):
@@ -115,7 +118,8 @@ def _print_backends(answer: Answer) -> None:
     links = options.links
     title = (
         f"dispatch(F) and combine(F), of links {links.name} ({links.inside_gbps:g} GB/s inside "
-        f"nodes, {links.across_gbps:g} across), hops in {options.chunks} chunks"
+        f"nodes, {links.across_gbps:g} across), hops in {answer.pieces} "
+        f"piece{'s' * (answer.pieces > 1)}"
     )
     head, body = widest_that_fits(
         [_backends(answer, *_FIRST_TO_GO[:count]) for count in range(len(_FIRST_TO_GO) + 1)]
@@ -145,8 +149,7 @@ def _backends(answer: Answer, *left_out: str) -> Table:
     both = {name: dispatch[name] + combine[name] for name in sent}
 
     def record(name: str) -> str:
-        experts = answer.traffics[name].experts_per_record
-        return size(options.sizes.record_bytes("dispatch(F)", experts))
+        return size(answer.traffics[name].record_bytes("dispatch(F)", options.sizes))
 
     cells: dict[str, Callable[[str], str]] = {
         "backend": str,

@@ -269,7 +269,7 @@ class _Run:
             f"{num_parameters(config.model, mtp=True):,} parameters, {self.corpus.name}; "
             f"pp {shape.pp} x dp {shape.dp} (ep {shape.ep}) on {nodes}, {self.device.type}; "
             f"{self.full.name}, {self.full.num_microbatches} micro-batches; "
-            f"dispatch {experts.name} ({experts.why})"
+            f"dispatch {experts.name}, {self.config.dispatch.payload} rows ({experts.why})"
         )
 
     def _write(

@@ -15,7 +15,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from counterflow.comm import Dispatcher, dispatcher
@@ -40,10 +39,10 @@ LAYOUTS: dict[str, tuple[int, ...]] = {
 
 
 @contextmanager
-def fake(version: str) -> Iterator[list[Any]]:
+def fake(version: str, **facts: Any) -> Iterator[list[Any]]:
     """The fake in place of DeepEP, on the CPU; "over nodes": two ranks make a node."""
     with ExitStack() as stack:
-        made = stack.enter_context(installed(version[:2]))
+        made = stack.enter_context(installed(version[:2], **facts))
         stack.enter_context(mock.patch.object(deep_ep, "DEVICE", "cpu"))
         if version == "v1 over nodes":
             stack.enter_context(mock.patch.object(Buffer, "nvl_peers", 2))
@@ -96,6 +95,15 @@ def through_experts(d: Dispatcher[Any], x: Tensor, experts: Tensor, weights: Ten
     of_row = [scale(e) for e, n in zip(d.local_experts, out.counts, strict=True) for _ in range(n)]
     rows = out.rows_ND.float() * torch.tensor(of_row)[:, None] * out.weights_N[:, None]
     return d.combine(rows.to(x.dtype), out.handle)
+
+
+def refusal(mistake: Callable[[], object]) -> str:
+    """What a ValueError says, or "nothing" without one."""
+    try:
+        mistake()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
 
 
 def mixture(rank: int, world: int, version: str, payload: str, alignment: int) -> list[str]:
@@ -240,6 +248,49 @@ def growing(rank: int, world: int) -> list[tuple[str, list[str]]]:
     return [(type(b).__name__, [c.name for c in b.calls]) for b in made]
 
 
+def sms(rank: int, world: int, known: str) -> list[int]:
+    """V2's numbers of SMs for two dispatches, where links' bandwidths are `known` or not."""
+    facts: dict[str, dict[str, float]] = {
+        "to all": {},
+        "differently": {"nvlink_gbs": 200 + 100 * rank},
+        "not to rank 1": {"nvlink_gbs": 0 if rank == 1 else 200},
+        "to none": {"nvlink_gbs": 0},
+        "to none over nodes": {"nvlink_gbs": 0, "rdma_gbs": 0, "nodes": 2},
+        "not beyond nodes": {"rdma_gbs": 0, "nodes": 2},
+    }
+    x, experts, weights, _ = inputs(rank, "uneven")
+    with fake("v2", **facts[known]) as made:
+        d = make(world, "v2")
+        for _ in range(2):
+            d.dispatch(x, experts, weights)
+    return [c.arguments["num_sms"] for c in made[0].calls if c.name == "dispatch"]
+
+
+def room(rank: int, world: int, version: str) -> list[dict[str, Any]]:
+    """With what buffers are made, for 960 tokens of a rank and all experts each."""
+    experts = torch.arange(E).expand(960, E)
+    x = torch.ones(960, H, dtype=torch.bfloat16)
+    with fake(version) as made:
+        d = make(world, version, timeout_s=41.5)
+        out = d.dispatch(x, experts, torch.ones(experts.shape))
+        d.combine(out.rows_ND, out.handle)
+    kept = ("num_topk", "hidden", "use_fp8_dispatch", "num_max_tokens_per_rank", "deterministic",
+            "num_cpu_timeout_secs", "num_gpu_timeout_secs", "num_nvl_bytes",
+            "num_rdma_bytes")  # fmt: skip
+    arguments = [b.calls[0].arguments for b in made]
+    return [{k: a[k] for k in kept if k in a} for a in arguments]
+
+
+def v1_room(world: int) -> list[tuple[int, int]]:
+    """(NVLink, RDMA) bytes that each of V1's configurations asks for."""
+    with fake("v1 over nodes"):
+        configs = Buffer.get_dispatch_config(world), Buffer.get_combine_config(world)
+        return [
+            (c.get_nvl_buffer_size_hint(2 * H, world), c.get_rdma_buffer_size_hint(2 * H, world))
+            for c in configs
+        ]
+
+
 def bytes_sent(rank: int, world: int, version: str) -> tuple[int, int]:
     """(bytes counted to other nodes, what the routing says) of a dispatch and a combine."""
     with fake(version):
@@ -266,108 +317,9 @@ def node_limit(rank: int, world: int) -> tuple[int, int, str]:
         make(world, "v2 over nodes").dispatch(x, home, torch.ones(home.shape))
         limited = make(world, "v2 over nodes", node_limit=1)
         limited.dispatch(x, home, torch.ones(home.shape))
-        try:
-            limited.dispatch(x, both, torch.ones(both.shape))
-        except ValueError as error:
-            said = str(error)
-        else:
-            said = "nothing"
+        said = refusal(lambda: limited.dispatch(x, both, torch.ones(both.shape)))
         free, bound = (b.calls[1].arguments["num_sms"] for b in made)
     return free, bound, said
-
-
-def _combine_wide(d: Dispatcher[Any]) -> None:
-    out = d.dispatch(*inputs(dist.get_rank(), "uneven")[:3])
-    d.combine(out.rows_ND.float(), out.handle)
-
-
-def refusals(rank: int, world: int, version: str) -> list[str]:
-    """What is said to each of these mistakes."""
-    x, experts, weights, _ = inputs(rank, "uneven")
-    far = experts.clone()
-    twice = experts.clone()
-    if rank == 1:
-        far[0, 0] = E
-        twice[0] = 3
-    many = torch.arange(33).expand(len(x), 33) % E
-    mistakes: list[Callable[[Dispatcher[Any]], object]] = [
-        lambda d: d.dispatch(x.float(), experts, weights),
-        lambda d: d.dispatch(x[:, :200], experts, weights),
-        lambda d: d.dispatch(x, experts, weights.double()),
-        lambda d: d.dispatch(x, many, torch.ones(many.shape)),
-        lambda d: d.dispatch(x, far, weights),
-        lambda d: d.dispatch(x, twice, weights),
-        _combine_wide,
-    ]
-    said = []
-    with fake(version):
-        d = make(world, version)
-        for mistake in mistakes:
-            try:
-                mistake(d)
-            except ValueError as error:
-                said.append(str(error))
-            else:
-                said.append("nothing")
-        with mock.patch.object(deep_ep, "DEVICE", "cuda"):
-            try:
-                d.dispatch(x, experts, weights)
-            except ValueError as error:
-                said.append(str(error))
-    return said
-
-
-def obstacles(rank: int, world: int) -> dict[str, str]:
-    """Why a dispatcher cannot be made."""
-    shape = MeshShape(1, world, world)
-    mesh = Mesh.create(shape, nodes=(0,) * world)
-
-    def ask(**options: Any) -> str:
-        try:
-            dispatcher("deep_ep", options.pop("mesh", mesh), num_experts=12, **options)
-        except ValueError as error:
-            return str(error)
-        return "nothing"
-
-    with fake("v1"):
-        said = {"ranks": ask()}
-        mixed = Mesh.create(shape, nodes=tuple(range(world)))
-        with mock.patch.object(deep_ep_versions.Legacy, "RANKS", (world,)):
-            said["nodes"] = ask(mesh=mixed)
-    with fake("v2"):
-        many = ExpertLayout(12, world, tuple(range(12)) * 64 * world)
-        said["slots"] = ask(layout=many)
-        with mock.patch.object(torch, "are_deterministic_algorithms_enabled", return_value=True):
-            said["fills"] = ask()
-    return said
-
-
-Found = tuple[str, str | None]
-
-
-def automatic(rank: int, world: int) -> dict[str, Found]:
-    """What auto chooses, and what stood against DeepEP."""
-    mesh = Mesh.create(MeshShape(1, world, world), nodes=(0,) * world)
-
-    def ask(payload: Any, gpu: tuple[int, int] | None, group: str = "cuda:nccl") -> Found:
-        with (
-            mock.patch.object(torch.cuda, "is_available", return_value=gpu is not None),
-            mock.patch.object(torch.cuda, "get_device_capability", return_value=gpu),
-            mock.patch.object(dist, "get_backend_config", return_value=group),
-        ):
-            d = dispatcher("auto", mesh, num_experts=E, payload=payload)
-            return d.name, deep_ep.usable(mesh, d.layout, d.options)
-
-    found = {"absent": ask("bf16", (9, 0))}
-    with fake("v2"):
-        found["fits"] = ask("bf16", (9, 0))
-        found["exact"] = ask("exact", (9, 0))
-        found["old GPU"] = ask("bf16", (8, 6))
-        found["gloo"] = ask("bf16", (9, 0), "cpu:gloo,cuda:gloo")
-        found["no GPU"] = ask("bf16", None)
-    with fake("v1"):
-        found["V1 on an old GPU"] = ask("fp8", (8, 6))
-    return found
 
 
 def peer_dies(rank: int, world: int, version: str) -> None:

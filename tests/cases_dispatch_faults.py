@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from counterflow.comm import CommError, Dispatcher
+from counterflow.comm import CommError, Dispatcher, ExpertLayout
 from counterflow.parallel.mesh import Mesh
 
 from .cases_dispatch import Batch, E, K, Setting, batch, on_meshes
@@ -166,4 +166,109 @@ def unlike_sizes(rank: int, world: int) -> list[str]:
         given = batch(rank, "even")
         out = replace(setting, name="dedup").make(mesh).dispatch(*given[:3])
         assert out.handle.num_tokens * K == given.experts_TK.numel()
+    return said
+
+
+# What rank 1 does wrong, as its own error says it.
+MISTAKES = (
+    "weights_TK of ep rank 1 holds nan at token 0, choice 0",
+    r"weights_TK must be \[T, K\]",
+    r"x_TD must be \[T, D\]",
+    "experts_TK must be int64",
+)
+
+
+def mistaken(mistake: int) -> Batch:
+    """Rank 1's batch with one of MISTAKES in it."""
+    given = batch(1, "even")
+    if mistake == 0:
+        given.weights_TK[0, 0] = torch.nan
+    elif mistake == 1:
+        given = given._replace(weights_TK=given.weights_TK[:, :-1])
+    elif mistake == 2:
+        given = given._replace(x_TD=given.x_TD[:-1])
+    else:
+        given = given._replace(experts_TK=given.experts_TK.int())
+    return given
+
+
+def refuses_alone(rank: int, world: int, setting: Setting) -> list[tuple[str, float]]:
+    """Rank 1 alone makes each mistake; after each, all dispatch as they should."""
+    d = setting.make(setting.mesh())
+    found = []
+    for mistake in range(len(MISTAKES)):
+        found.append(refused(d, mistaken(mistake) if rank == 1 else batch(rank, "even")))
+        found.append(refused(d, batch(rank, "even")))
+    return found
+
+
+def differ(rank: int, world: int, setting: Setting) -> list[str]:
+    """Rank 1's tensors are in one respect unlike the others'."""
+    d = setting.make(setting.mesh())
+    given = batch(rank, "even")
+    x_TD, experts_TK, weights_TK = given.x_TD, given.experts_TK, given.weights_TK
+    unlike = [
+        given._replace(experts_TK=experts_TK[:, :2], weights_TK=weights_TK[:, :2]),
+        given._replace(x_TD=torch.cat([x_TD, x_TD[:, :1]], dim=1)),
+        given._replace(x_TD=x_TD.float()),
+        given._replace(weights_TK=weights_TK.float()),
+        given._replace(x_TD=x_TD.clone().requires_grad_()),
+    ]
+    return [refused(d, other if rank == 1 else given)[0] for other in unlike]
+
+
+def skips(rank: int, world: int, setting: Setting, limit_s: float) -> str | None:
+    """Rank 1 leaves out a combine and goes on with the next dispatch."""
+    d = setting.make(setting.mesh(), timeout_s=limit_s)
+    given = batch(rank, "even")
+    out = d.dispatch(*given[:3])
+    try:
+        if rank == 0:
+            d.combine(out.rows_ND, out.handle)
+        else:
+            d.dispatch(*given[:3])
+    except CommError as error:
+        dist.barrier()
+        return str(error) if rank == 0 else None
+    return "no error"
+
+
+def foreign_handle(rank: int, world: int) -> list[str]:
+    """What comes of a flat dispatcher's handle in another one; the lane goes on after that."""
+    mesh = Setting("flat", (0,) * world).mesh()
+    flat, dedup = (Setting(name, (0,) * world).make(mesh) for name in ("flat", "dedup"))
+    given = batch(rank, "even")
+    out = flat.dispatch(*given[:3])
+    wrong: list[Callable[[], object]] = [
+        lambda: dedup.dispatch(*given[:3], out.handle),
+        lambda: dedup.combine(out.rows_ND, out.handle),
+        lambda: dedup.start_dispatch_backward(out.rows_ND, None, out.handle),
+        lambda: dedup.start_combine_backward(given.x_TD, out.handle),
+    ]
+    said = []
+    for use in wrong:
+        try:
+            use()
+        except ValueError as error:
+            said.append(str(error))
+    again = dedup.dispatch(*given[:3])
+    assert again.handle.owner is dedup
+    return said
+
+
+def unlike_options(rank: int, world: int) -> list[str]:
+    """What the factory says where rank 2 alone asks for another payload, layout or backend."""
+    setting = Setting("dedup", (0,) * world)
+    mesh = setting.mesh()
+    others = (
+        replace(setting, payload="bf16"),
+        replace(setting, layout=ExpertLayout(E, world, tuple(reversed(range(E))))),
+        replace(setting, name="flat"),
+    )
+    said = []
+    for other in others:
+        try:
+            (other if rank == 2 else setting).make(mesh)
+        except ValueError as error:
+            said.append(str(error))
     return said

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import torch
 
-from counterflow.comm.dispatch import ExpertLayout, route
+from counterflow.comm.dispatch import ExpertLayout, sizes
 from counterflow.parallel.mesh import Mesh
 
 from .cases_dispatch import Batch, Name, Setting, deviations, found_by, same_found
@@ -29,7 +29,7 @@ def sweep(
     meshes = {(ep, nodes): Setting("flat", nodes, ep).mesh() for ep, nodes in places}
     wrong = []
     # Pieces of two tokens at least, so that few tokens make several.
-    with patch.object(route, "TOKENS_A_PIECE", 2):
+    with patch.object(sizes, "TOKENS_A_PIECE", 2):
         for seed in seeds:
             draw = random.Random(seed)
             ep, nodes = draw.choice(list(places))
@@ -165,6 +165,6 @@ def in_pieces(
     pieces, found = [], []
     for chunks in (1, 2, 4):
         d = replace(setting, chunks=chunks).make(mesh)
-        pieces.append(len(d.start_preprocess(experts_TK).finish().first))
+        pieces.append(len(d.start_preprocess(experts_TK).finish().first_pieces))
         found.append(found_by(d, given)[0])
     return pieces, all(same_found(found[0], other) for other in found[1:])

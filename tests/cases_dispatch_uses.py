@@ -208,7 +208,7 @@ def recompute(rank: int, world: int, settings: Sequence[Setting]) -> list[str]:
     for setting, mesh in on_meshes(settings):
         d = setting.make(mesh)
         x_TD, experts_TK, weights_TK, _ = given = batch(rank, "uneven", torch.bfloat16)
-        with patch.object(Peers, "start", autospec=True, side_effect=Peers.start) as calls:
+        with patch.object(Peers, "_exchange", autospec=True, side_effect=Peers._exchange) as calls:
             first = d.dispatch(x_TD, experts_TK, weights_TK)
             exchanges = [calls.call_count]
             sent = list(d.sent_bytes["dispatch(F)"])
@@ -299,7 +299,7 @@ def kept_buffers(rank: int, world: int, settings: Sequence[Setting]) -> list[tup
             given = batch(rank, "uneven", torch.float32)
             results.append(found_by(d, given._replace(x_TD=given.x_TD + step))[0])
             copies.append(copy.deepcopy(results[-1]))
-            after.append(d._buffers.num_bytes)
+            after.append(d._lane.buffers.num_bytes)
         assert all(same_found(a, b) for a, b in zip(results, copies, strict=True))
         assert not same_bits(results[0].y_TD, results[1].y_TD) or not len(results[0].y_TD)
         sizes.append(tuple(after))

@@ -32,7 +32,8 @@ def strictness_v1(rank: int, world: int) -> dict[str, str]:
     said: dict[str, str] = {}
     ask = _asker(said)
     with installed("v1"):
-        room = Buffer.get_dispatch_config(world).get_nvl_buffer_size_hint(2 * H, world)
+        configs = Buffer.get_dispatch_config(world), Buffer.get_combine_config(world)
+        little, room = (c.get_nvl_buffer_size_hint(2 * H, world) for c in configs)
         b: Any = Buffer(dist.group.WORLD, room, explicitly_destroy=True)
         chosen = {"topk_idx": experts, "topk_weights": weights}
         ask("no layout", lambda: b.dispatch(x, **chosen))
@@ -50,6 +51,8 @@ def strictness_v1(rank: int, world: int) -> dict[str, str]:
         event.current_stream_wait()
         said["late"] = str(bool(rows.isfinite().all()))
         ask("rows", lambda: b.combine(torch.cat([rows, rows[:1]]), handle))
+        less: Any = Buffer(dist.group.WORLD, little, explicitly_destroy=True)
+        ask("small to combine", lambda: less.combine(rows, handle))
         _, _, event = b.combine(rows, handle, async_finish=True)
         rows += 1
         ask("changed", event.current_stream_wait)
@@ -72,6 +75,12 @@ def strictness_v2(rank: int, world: int) -> dict[str, str]:
         ask("unsorted", lambda: e.combine(rows, handle))
         event.current_stream_wait()
         ask("SMs", lambda: e.dispatch(x, handle=handle))
+        again = {"handle": handle, "num_sms": handle.num_sms}
+        ask("width", lambda: e.dispatch(x[:, :128].contiguous(), **again))
+        ask(
+            "format",
+            lambda: e.dispatch((x.to(torch.float8_e4m3fn), torch.ones(len(x), 2)), **again),
+        )
         ask("narrow", lambda: e.combine(rows[:, :128].contiguous(), handle))
         same = torch.tensor([[7 - 4 * rank, 7 - 4 * rank, -1]]).repeat(len(x), 1)  # of the other
         ask("twice", lambda: e.dispatch(x, **(given | {"topk_idx": same})))

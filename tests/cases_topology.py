@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from unittest import mock
 
@@ -43,6 +44,13 @@ def one_wrong(rank: int, world: int) -> str:
     return "no error"
 
 
+def without_mpi4py(rank: int, world: int) -> tuple[Topology, list[str]]:
+    """The topology where MPI started the ranks and cannot be asked, and what this rank logs."""
+    environ = {"PMI_RANK": str(rank), "PMI_SIZE": str(world)}
+    with warnings_logged() as said, mock.patch.dict("sys.modules", {"mpi4py.MPI": None}):
+        return gather_topology(environ=environ), said
+
+
 def one_missing(rank: int, world: int) -> str:
     """What rank 0 says when rank 1 does not gather within the limit of the world, 0.5 s."""
     _set_pg_timeout(timedelta(seconds=0.5))
@@ -58,17 +66,23 @@ def one_missing(rank: int, world: int) -> str:
 
 def warned(rank: int, world: int, nodes: Sequence[int]) -> list[str]:
     """Warnings that this rank logs while it makes a mesh of two expert groups."""
+    with warnings_logged() as said, mock.patch.dict(os.environ, _torchrun(rank, world, 2)):
+        Mesh.create(MeshShape(1, world, world // 2), nodes=nodes)
+    return said
+
+
+@contextmanager
+def warnings_logged() -> Iterator[list[str]]:
+    """The warnings that the topology logs within this context."""
     said: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())
     logger = logging.getLogger("counterflow.comm.topology")
     logger.addHandler(handler)
     try:
-        with mock.patch.dict(os.environ, _torchrun(rank, world, 2)):
-            Mesh.create(MeshShape(1, world, world // 2), nodes=nodes)
+        yield said
     finally:
         logger.removeHandler(handler)
-    return said
 
 
 def met(rank: int, _world: int, environs: Sequence[Mapping[str, str]], limit_s: float) -> object:

@@ -90,7 +90,7 @@ def node_loads(layout: ExpertLayout, load_E: ArrayLike, num_nodes: int) -> Float
 
 
 def imbalance(loads: ArrayLike) -> float:
-    """The heaviest over the mean: 1 is perfect, and what no load at all gives."""
+    """The most over the mean, of loads or rows: 1 is perfect, and what none at all give."""
     values = np.asarray(loads, dtype=np.float64)
     mean = float(values.mean())
     return float(values.max()) / mean if mean > 0 else 1.0

@@ -19,7 +19,8 @@ and *gather*, the experts' rows back to their token, summed. The four communicat
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -27,7 +28,9 @@ import torch
 from torch import Tensor
 
 from ...parallel.mesh import Mesh
+from .census import UNKNOWN, Declared
 from .exchange import Pending
+from .lane import lane_of
 from .layout import ExpertLayout
 from .payload import Payload, Tiles
 
@@ -40,14 +43,16 @@ class Handle:
     Attributes:
         num_tokens: T.
         top_k: K.
-        counts: rows of each local slot, padding included; known once the first dispatch with this
-            handle is finished, with most backends once the handle is there.
+        slots_TK: the slot of each choice, -1 for none.
+        counts: rows of each local slot, padding included.
     """
 
-    def __init__(self, num_tokens: int, top_k: int) -> None:
-        self.num_tokens = num_tokens
-        self.top_k = top_k
-        self.counts: list[int] = []
+    def __init__(self, owner: object, slots_TK: Tensor, counts: list[int]) -> None:
+        self.num_tokens, self.top_k = slots_TK.shape
+        self.slots_TK = slots_TK
+        self.counts = counts
+        self.owner = owner  # the dispatcher that made it
+        self.experts_TK: Tensor | None = None  # what it was made for, if `dispatch` made it
         self.was_dispatched = False
 
     @property
@@ -93,10 +98,12 @@ class Options:
     node_limit: int | None = None
     chunks: int = 4
     check: bool | None = None
+    hidden: int | None = None
+    top_k: int | None = None
     timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
-        for name in ("alignment", "chunks", "node_limit"):
+        for name in ("alignment", "chunks", "node_limit", "hidden", "top_k"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number from 1 up, got {value!r}")
@@ -105,6 +112,7 @@ class Options:
 
 
 H = TypeVar("H", bound=Handle)
+R = TypeVar("R")
 
 
 class Dispatcher(ABC, Generic[H]):
@@ -132,10 +140,7 @@ class Dispatcher(ABC, Generic[H]):
                 f"the layout is for {layout.num_ranks} expert-parallel ranks, the mesh has "
                 f"ep={mesh.shape.ep}"
             )
-        if mesh.shape.ep > 1 and mesh.ep_group is None:
-            raise ValueError(
-                f"this mesh has ep={mesh.shape.ep} but no process groups: make it with Mesh.create"
-            )
+        require_groups(mesh)
         self.why = "asked for by name"
         self.layout = layout
         self.num_experts = layout.num_experts
@@ -144,6 +149,7 @@ class Dispatcher(ABC, Generic[H]):
         self.options = options
         self._nodes = [mesh.nodes[r] for r in mesh.shape.ep_peers(mesh.rank)]
         self._ep_rank = mesh.ep_rank
+        self._lane = lane_of(mesh)
 
     @property
     def crossed_bytes(self) -> int:
@@ -171,20 +177,48 @@ class Dispatcher(ABC, Generic[H]):
         """
         from .autograd import dispatch
 
-        if x_TD.device != experts_TK.device:
+        if x_TD.device != experts_TK.device and handle is not None:
             raise ValueError(f"x_TD is on {x_TD.device}, experts_TK on {experts_TK.device}")
         if handle is None:
-            self._check_experts(experts_TK)
-            self._check_tokens(x_TD, weights_TK, *experts_TK.shape)
-            self._check_weights(experts_TK, weights_TK)
-            handle = self.start_preprocess(experts_TK).finish()
-        elif (handle.num_tokens, handle.top_k) != tuple(experts_TK.shape):
+            handle = self._preprocess(x_TD, experts_TK, weights_TK)
+        else:
+            self._check_reused(handle, experts_TK)
+        rows_ND, weights_N, tiles = dispatch(self, handle, x_TD, weights_TK)
+        return Dispatched(rows_ND, weights_N, handle.counts, handle, tiles)
+
+    def _check_reused(self, handle: H, experts_TK: Tensor) -> None:
+        self._check_owner(handle)
+        if (handle.num_tokens, handle.top_k) != tuple(experts_TK.shape):
             raise ValueError(
                 f"the handle is of a dispatch of {handle.num_tokens} tokens x {handle.top_k} "
                 f"experts, experts_TK is {tuple(experts_TK.shape)}"
             )
-        rows_ND, weights_N, tiles = dispatch(self, handle, x_TD, weights_TK)
-        return Dispatched(rows_ND, weights_N, handle.counts, handle, tiles)
+        known_TK = handle.experts_TK
+        # A GPU would have to stop for a look at the values.
+        if known_TK is not None and known_TK.is_cpu and not torch.equal(known_TK, experts_TK):
+            raise ValueError(
+                "the handle is of a dispatch to other experts; dispatch without it, or with the "
+                "experts_TK that it was made for"
+            )
+
+    def _preprocess(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> H:
+        """Preprocess what has been checked; if something is wrong, let all ranks know first."""
+        try:
+            self._check_experts(experts_TK)
+            if x_TD.device != experts_TK.device:
+                raise ValueError(f"x_TD is on {x_TD.device}, experts_TK on {experts_TK.device}")
+            self._check_tokens(x_TD, weights_TK, *experts_TK.shape)
+            self._check_weights(experts_TK, weights_TK)
+        except ValueError:
+            # Without a word the others would wait, and take the next dispatch for this one.
+            devices = [t.device for t in (experts_TK, x_TD, weights_TK) if t.device.type != "meta"]
+            nothing = torch.zeros((0, 1), dtype=torch.int64, device=(*devices, "cpu")[0])
+            with suppress(ValueError):
+                self.start_preprocess(nothing, Declared(refused=1)).finish()
+            raise
+        handle = self.start_preprocess(experts_TK, Declared.of(x_TD, weights_TK)).finish()
+        handle.experts_TK = experts_TK
+        return handle
 
     def combine(self, rows_ND: Tensor, handle: H) -> Tensor:
         """Send each row back to its token and sum a token's K rows, in a fixed order.
@@ -209,21 +243,31 @@ class Dispatcher(ABC, Generic[H]):
         return combine(self, handle, rows_ND)
 
     def close(self) -> None:
-        """Give back what the backend holds outside torch; a collective of the group."""
+        """Give back the memory that is kept for messages; a collective of the group."""
+        self._lane.buffers.clear()
 
     @abstractmethod
-    def start_preprocess(self, experts_TK: Tensor) -> Pending[H]:
+    def start_preprocess(self, experts_TK: Tensor, declared: Declared = UNKNOWN) -> Pending[H]:
         """Work out the route and start exchanging the counts.
 
-        `finish` is the one place of a dispatch where the host waits for the device: the sizes of
-        the buffers are only known once the counts have arrived. Raises as `dispatch` does.
+        `finish` waits on the host for the device, because the sizes of buffers are only known once
+        the counts have arrived. Raises as `dispatch` does.
+
+        Args:
+            experts_TK: as of `dispatch`.
+            declared: of the tensors to come; ranks compare what they know, and refuse together.
         """
 
     def start_dispatch(self, x_TD: Tensor, weights_TK: Tensor, handle: H) -> Pending[Arrived]:
-        """dispatch(F), without autograd: Pending `Arrived`, with weights."""
+        """dispatch(F), without autograd: Pending `Arrived`, with weights.
+
+        As with the other three, what is handed in must not change until `finish`.
+        """
+        self._check_owner(handle)
         self._check_tokens(x_TD, weights_TK, handle.num_tokens, handle.top_k)
-        first, handle.was_dispatched = not handle.was_dispatched, True
-        return self._start_spread(x_TD, weights_TK, handle, "dispatch(F)", first=first)
+        self._check_weights(handle.slots_TK, weights_TK)
+        with_slots, handle.was_dispatched = not handle.was_dispatched, True
+        return self._start_spread(x_TD, weights_TK, handle, "dispatch(F)", with_slots=with_slots)
 
     def start_combine(self, rows_ND: Tensor, handle: H) -> Pending[Tensor]:
         """combine(F), without autograd: Pending y_TD."""
@@ -243,20 +287,36 @@ class Dispatcher(ABC, Generic[H]):
     def start_combine_backward(self, grad_y_TD: Tensor, handle: H) -> Pending[Tensor]:
         """combine(B): Pending grad_rows_ND, each token's gradient at every row of it."""
         self._check_dispatched(handle)
-        pending = self._start_spread(grad_y_TD, None, handle, "combine(B)", first=False)
+        if grad_y_TD.dim() != 2 or len(grad_y_TD) != handle.num_tokens or not grad_y_TD.shape[1]:
+            raise ValueError(
+                f"grad_y_TD must be [T, D] = [{handle.num_tokens}, D], got {_like(grad_y_TD)}"
+            )
+        pending = self._start_spread(grad_y_TD, None, handle, "combine(B)", with_slots=False)
         return pending.then(lambda arrived: arrived.rows_ND)
 
     @abstractmethod
     def _start_spread(
-        self, x_TD: Tensor, weights_TK: Tensor | None, handle: H, operation: str, *, first: bool
+        self,
+        x_TD: Tensor,
+        weights_TK: Tensor | None,
+        handle: H,
+        operation: str,
+        *,
+        with_slots: bool,
     ) -> Pending[Arrived]:
-        """Start sending rows to their experts; the `first` time for this handle, indices too."""
+        """Start sending rows to their experts; the first time for a handle, `with_slots`."""
 
     @abstractmethod
     def _start_gather(
         self, rows_ND: Tensor | None, weights_N: Tensor | None, handle: H, operation: str
     ) -> Pending[tuple[Tensor | None, Tensor | None]]:
         """Start sending rows back: Pending (y_TD or None, weights_TK or None), y summed."""
+
+    def _start(
+        self, move: Callable[[], R], device: torch.device, operation: str, *, for_host: bool = False
+    ) -> Pending[R]:
+        limit_s = self.options.timeout_s
+        return self._lane.start(move, device, operation, timeout_s=limit_s, for_host=for_host)
 
     def _check_experts(self, experts_TK: Tensor) -> None:
         if experts_TK.dim() != 2 or experts_TK.shape[1] < 1:
@@ -265,9 +325,11 @@ class Dispatcher(ABC, Generic[H]):
             raise ValueError(f"experts_TK must be int64, got {experts_TK.dtype}")
 
     def _check_tokens(self, x_TD: Tensor, weights_TK: Tensor, num_tokens: int, top_k: int) -> None:
-        if x_TD.dim() != 2 or x_TD.shape[0] != num_tokens or not x_TD.is_floating_point():
+        fits = x_TD.dim() == 2 and x_TD.shape[0] == num_tokens and x_TD.shape[1] > 0
+        if not fits or not x_TD.is_floating_point():
             raise ValueError(
-                f"x_TD must be [T, D] = [{num_tokens}, D] of a floating dtype, got {_like(x_TD)}"
+                f"x_TD must be [T, D] = [{num_tokens}, D] of a floating dtype, D at least 1, got "
+                f"{_like(x_TD)}"
             )
         if tuple(weights_TK.shape) != (num_tokens, top_k) or not weights_TK.is_floating_point():
             raise ValueError(
@@ -277,20 +339,32 @@ class Dispatcher(ABC, Generic[H]):
         if x_TD.device != weights_TK.device:
             raise ValueError(f"x_TD is on {x_TD.device}, weights_TK on {weights_TK.device}")
 
-    def _check_weights(self, experts_TK: Tensor, weights_TK: Tensor) -> None:
+    def _check_weights(self, chosen_TK: Tensor, weights_TK: Tensor) -> None:
+        """Args: chosen_TK: the expert or slot of each choice, -1 for none."""
         check = self.options.check
         if not (weights_TK.is_cpu if check is None else check):
             return
-        wrong_TK = ~weights_TK.detach().isfinite() & (experts_TK >= 0)
+        wrong_TK = ~weights_TK.detach().isfinite() & (chosen_TK >= 0)
         if wrong_TK.any():
             token, choice = (int(i) for i in wrong_TK.nonzero()[0])
             raise ValueError(
                 f"weights_TK of ep rank {self._ep_rank} holds {weights_TK[token, choice]} at token "
-                f"{token}, choice {choice} (expert {experts_TK[token, choice]}): weights must be "
-                "finite; look at the router's scores"
+                f"{token}, choice {choice}: weights must be finite; look at the router's scores"
+            )
+
+    def _check_owner(self, handle: H) -> None:
+        if not isinstance(handle, Handle):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(
+                f"a handle is wanted, got a {type(handle).__name__}; take `.handle` of what "
+                "`dispatch` returned, or `.finish()` what `start_preprocess` returned"
+            )
+        if handle.owner is not self:
+            raise ValueError(
+                "this handle was made by another dispatcher; use it with the one that made it"
             )
 
     def _check_dispatched(self, handle: H) -> None:
+        self._check_owner(handle)
         if not handle.was_dispatched:
             raise ValueError("nothing has been dispatched with this handle yet: dispatch first")
 
@@ -301,6 +375,14 @@ class Dispatcher(ABC, Generic[H]):
                 f"combine: rows_ND must be [N, D] = [{handle.num_rows}, D] of a floating dtype, "
                 f"as dispatched; got {_like(rows_ND)}"
             )
+
+
+def require_groups(mesh: Mesh) -> None:
+    """Raise ValueError where an expert group of several ranks has no process group."""
+    if mesh.shape.ep > 1 and mesh.ep_group is None:
+        raise ValueError(
+            f"this mesh has ep={mesh.shape.ep} but no process groups: make it with Mesh.create"
+        )
 
 
 def _like(tensor: Tensor) -> str:

@@ -25,6 +25,10 @@ class Buffers:
         """Bytes kept while no move runs."""
         return sum(buffer.numel() for buffer in self._free)
 
+    def clear(self) -> None:
+        """Keep nothing."""
+        self._free.clear()
+
     @contextmanager
     def hold(self, device: torch.device) -> Iterator[Hold]:
         """Within this context buffers may be taken; all of them go back at its end."""
@@ -32,7 +36,7 @@ class Buffers:
         try:
             yield taken
         finally:
-            self._free.extend(taken.buffers)
+            taken.give_all_back()
 
 
 class Hold:
@@ -41,7 +45,7 @@ class Hold:
     def __init__(self, free: list[Tensor], device: torch.device) -> None:
         self._free = free
         self._device = device
-        self.buffers: list[Tensor] = []
+        self._taken: list[tuple[Tensor, Tensor]] = []  # (view handed out, its buffer)
 
     def __call__(self, num_rows: int, width: int) -> Tensor:
         """[num_rows, width] uint8, contiguous, its bytes undefined."""
@@ -57,8 +61,19 @@ class Hold:
             if small:
                 self._free.pop(max(small, key=lambda i: self._free[i].numel()))
             buffer = torch.empty(_roomy(size), dtype=torch.uint8, device=self._device)
-        self.buffers.append(buffer)
-        return buffer[:size].view(num_rows, width)
+        view = buffer[:size].view(num_rows, width)
+        self._taken.append((view, buffer))
+        return view
+
+    def give_back(self, view: Tensor) -> None:
+        """Return what a call handed out before the move ends; it must not be used any more."""
+        index = next(i for i, (taken, _) in enumerate(self._taken) if taken is view)
+        self._free.append(self._taken.pop(index)[1])
+
+    def give_all_back(self) -> None:
+        """Return all that is still taken."""
+        self._free.extend(buffer for _, buffer in self._taken)
+        self._taken.clear()
 
 
 def _roomy(size: int) -> int:

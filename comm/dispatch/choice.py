@@ -7,15 +7,16 @@ import logging
 from functools import partial
 from typing import Any, get_args
 
+import torch
 import torch.distributed as dist
 
 from ...parallel.mesh import Mesh
 from ..collectives import gather
-from .base import Dispatcher, Options
+from .base import Dispatcher, Options, require_groups
 from .exchange import Peers
 from .grid import NodeGrid
 from .hops import Hops
-from .lane import Lane
+from .lane import lane_of
 from .layout import ExpertLayout
 from .names import DispatcherName, PayloadName
 from .payload import Payload
@@ -34,6 +35,8 @@ def dispatcher(
     node_limit: int | None = None,
     chunks: int = 4,
     check: bool | None = None,
+    hidden: int | None = None,
+    top_k: int | None = None,
     timeout_s: float = 300.0,
 ) -> Dispatcher[Any]:
     """The dispatcher called `name`, over the expert-parallel group of `mesh`.
@@ -55,7 +58,10 @@ def dispatcher(
             handed on inside the node.
         check: refuse weights that are not finite; by default on the CPU only, because a GPU would
             have to stop for it.
-        timeout_s: limit of every wait for peers, seconds.
+        hidden, top_k: columns of a row and experts a token, where they are known: "auto" then
+            takes nothing that would refuse them later.
+        timeout_s: limit of every wait for peers, seconds. (A GPU waits by its stream, whose limit
+            is that of the process group: `Mesh.create`'s.)
 
     Raises:
         ValueError: unknown name, experts that do not divide among the ranks, a group that lies
@@ -77,14 +83,40 @@ def dispatcher(
         raise ValueError(
             f"the layout is of {layout.num_experts} experts, num_experts is {num_experts}"
         )
-    options = Options(Payload(payload), alignment, node_limit, chunks, check, timeout_s)
+    options = Options(
+        Payload(payload), alignment, node_limit, chunks, check, hidden, top_k, timeout_s
+    )
+    _require_alike(mesh, name, layout, options)
     why = "asked for by name"
     if name == "auto":
         name, why = choose(mesh, layout, options)
     made = _make(name, mesh, layout, options)
     made.why = why
-    _LOG.info("dispatch: %s (%s)", name, why)
+    if not mesh.rank:
+        _LOG.info("dispatch: %s (%s)", name, why)
     return made
+
+
+def _require_alike(mesh: Mesh, name: str, layout: ExpertLayout, options: Options) -> None:
+    """Raise ValueError on all ranks of an expert group where one asks for something else."""
+    mine = {"name": name, "num_experts": layout.num_experts, "layout": layout.slots}
+    mine |= {"payload": options.payload.name}
+    names = ("alignment", "node_limit", "chunks", "check", "hidden", "top_k", "timeout_s")
+    mine |= {option: getattr(options, option) for option in names}
+    ranks = mesh.shape.ep_peers(mesh.rank)
+    every = gather(mine, mesh.ep_group, "a dispatcher's options", board=mesh.waits)
+    for rank, other in zip(ranks, every, strict=False):
+        for option, value in other.items():
+            if value != every[0][option]:
+                raise ValueError(
+                    f"ranks ask for different dispatchers: {option} is {_short(every[0][option])} "
+                    f"on rank {ranks[0]}, {_short(value)} on rank {rank}; give all the same"
+                )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def choose(mesh: Mesh, layout: ExpertLayout, options: Options) -> tuple[str, str]:
@@ -94,12 +126,19 @@ def choose(mesh: Mesh, layout: ExpertLayout, options: Options) -> tuple[str, str
     groups = _groups(mesh)
     if len(groups[0]) == 1:
         return "flat", "every rank has all experts, so nothing is sent"
-    spans = [len({mesh.nodes[r] for r in ranks}) for ranks in groups]
     # Hosts may differ in what is installed, and all ranks have to choose alike.
     world = dist.group.WORLD if dist.is_initialized() else None
     obstacles = gather(usable(mesh, layout, options), world, "what is installed", board=mesh.waits)
-    if not any(obstacles):
+    obstacle = next(filter(None, obstacles), None)
+    if obstacle is None:
         return "deep_ep", "DeepEP is installed and fits this group"
+    name, why = _by_topology(mesh, groups)
+    # Without a GPU nobody expects DeepEP.
+    return name, f"{why}; not deep_ep: {obstacle}" if torch.cuda.is_available() else why
+
+
+def _by_topology(mesh: Mesh, groups: list[tuple[int, ...]]) -> tuple[str, str]:
+    spans = [len({mesh.nodes[r] for r in ranks}) for ranks in groups]
     if max(spans) == 1:
         return "dedup", "each expert group lies within a node"
     try:
@@ -120,14 +159,10 @@ def _make(name: str, mesh: Mesh, layout: ExpertLayout, options: Options) -> Disp
 
         return DeepEP(mesh, layout, options)
     ranks = mesh.shape.ep_peers(mesh.rank)
-    if len(ranks) > 1 and mesh.ep_group is None:
-        raise ValueError(
-            f"this mesh has ep={len(ranks)} but no process groups: make it with Mesh.create"
-        )
-    everyone = Peers(mesh.ep_group, ranks, mesh.rank, options.timeout_s)
-    lane = mesh.dispatch_lane or Lane(mesh.rank, everyone.others, mesh.waits, options.timeout_s)
-    mesh.dispatch_lane = lane
-    make = partial(Hops, name, mesh, layout, options, lane=lane, everyone=everyone)
+    require_groups(mesh)
+    sequence = lane_of(mesh).sequence
+    everyone = Peers(mesh.ep_group, ranks, mesh.rank, options.timeout_s, sequence)
+    make = partial(Hops, name, mesh, layout, options, everyone=everyone)
     if name != "two_hop":
         return make(grid=NodeGrid.one_node(len(ranks)), each_choice=name == "flat")
     grids = [_grid(mesh, group) for group in _groups(mesh)]  # of all, so that all ranks refuse
@@ -165,4 +200,4 @@ def _grid(mesh: Mesh, ranks: tuple[int, ...]) -> NodeGrid:
 def _peers(mesh: Mesh, sets: list[tuple[int, ...]], purpose: str, timeout_s: float) -> Peers:
     mine = next(ranks for ranks in sets if mesh.rank in ranks)
     group = mesh.group_among(sets, purpose, timeout_s=timeout_s)
-    return Peers(group, mine, mesh.rank, timeout_s)
+    return Peers(group, mine, mesh.rank, timeout_s, lane_of(mesh).sequence)

@@ -5,6 +5,11 @@ experts are the same as of the other backends (`expand`). It moves bfloat16 and 
 float32 weights, so the payload "exact" takes bfloat16 only. Each call runs on the dispatcher's
 lane, in order, beside the caller's work.
 
+On a GPU the host waits twice for a handle's first dispatch: in the `finish` of `start_preprocess`,
+as with every backend, and within `start_dispatch` itself, where DeepEP waits for counts of its own
+before it makes room for what arrives. So does V1 whenever weights are sent again with a handle,
+and every call that has to make or enlarge DeepEP's buffer. All else is enqueued at its start.
+
 Shapes: T tokens, K experts a token, D hidden, M tokens received, N rows, R ranks.
 """
 
@@ -19,21 +24,22 @@ from torch import Tensor
 
 from ...parallel.mesh import Mesh
 from ..errors import CommError, backend_reason
+from ..waiting import name_ranks
 from . import deep_ep_versions as versions
 from .base import Arrived, Dispatcher, Handle, Options
-from .deep_ep_fit import load, obstacle, usable
+from .census import UNKNOWN, Declared, check_census, take_census
+from .deep_ep_fit import agreed, filling, load, usable
 from .exchange import Peers, Pending
-from .expand import Expansion
+from .expand import Expansion, padded
 from .grid import NodeGrid
-from .lane import Lane, to_host
+from .host import to_host
 from .layout import ExpertLayout
 from .pieces import wanted
-from .route import Counts, Plan, SlotTables, check_census, count_entries, take_census
+from .route import Counts, Plan, SlotTables, count_entries
 
 __all__ = ["DeepEP", "DeepEPHandle", "usable"]
 
 DEVICE = "cuda"  # where DeepEP's kernels run
-MOST_CHOICES = 32  # the lanes of a warp
 SUMMED = torch.bfloat16  # the dtype in which rows come back
 
 
@@ -41,43 +47,39 @@ class DeepEPHandle(Handle):
     """The route of one dispatch.
 
     Attributes:
-        slots_TK: the slot of each choice, -1 for none; one token without choices where T is 0.
         amounts: how many tokens go where.
+        hidden: columns of its rows, those of its first dispatch.
         route, expansion: DeepEP's handle, and from tokens received to rows; once the first
             dispatch has run.
     """
 
-    def __init__(self, num_tokens: int, slots_TK: Tensor, amounts: Counts, alignment: int) -> None:
-        super().__init__(num_tokens, slots_TK.shape[1])
-        self.slots_TK = slots_TK
+    def __init__(self, owner: DeepEP, slots_TK: Tensor, counts: list[int], amounts: Counts) -> None:
+        super().__init__(owner, slots_TK, counts)
         self.amounts = amounts
+        self.hidden = 0
         self.route: Any = None
         self.expansion: Expansion | None = None
-        self.counts = [-(-n // alignment) * alignment for n in amounts.entries]
 
 
 class DeepEP(Dispatcher[DeepEPHandle]):
-    """Dispatch by DeepEP: V2's `ElasticBuffer` where the installed version has it, else V1's.
+    """Dispatch by DeepEP: V2's `ElasticBuffer` where it is installed and the GPU bears it, else V1.
 
-    Its buffer is made with the first dispatch and lasts until `close`.
+    Making one is a collective of the group. DeepEP's buffer is made with the first dispatch and
+    lasts until `close`. A handle serves rows of one width, that of its first dispatch.
 
     Raises:
-        ValueError: DeepEP is not installed, or cannot serve this mesh and layout.
+        ValueError: on all ranks; DeepEP is not installed on one of them, or cannot serve it.
     """
 
     name = "deep_ep"
 
     def __init__(self, mesh: Mesh, layout: ExpertLayout, options: Options) -> None:
         super().__init__(mesh, layout, options)
-        reason = obstacle(mesh, layout)
-        if reason is not None:
-            advice = "" if "two_hop" in reason else "; use 'two_hop'"
-            raise ValueError(f"the dispatcher 'deep_ep' cannot serve here: {reason}{advice}")
+        version = agreed(mesh, layout, options)
         assert mesh.ep_group is not None  # ep > 1
-        library = load()
-        settings = (library, mesh.ep_group, layout.num_slots, options.timeout_s)
+        settings = (load(), mesh.ep_group, layout.num_slots, options.timeout_s)
         self._grid = NodeGrid.of(self._nodes)
-        if hasattr(library, "ElasticBuffer"):
+        if version is versions.Elastic:
             limit = options.node_limit
             limited = limit is not None and limit < self._grid.num_nodes
             self._exchange = versions.Elastic(*settings, group_limited=limited)
@@ -86,11 +88,9 @@ class DeepEP(Dispatcher[DeepEPHandle]):
         self._plan = Plan(self._grid, self._ep_rank, layout.slots_per_rank, 1)
         self._rank = mesh.rank
         self._ep_peers = mesh.shape.ep_peers(mesh.rank)
-        self._everyone = Peers(mesh.ep_group, self._ep_peers, mesh.rank, options.timeout_s)
-        self._lane = mesh.dispatch_lane or Lane(
-            mesh.rank, self._everyone.others, mesh.waits, options.timeout_s
+        self._everyone = Peers(
+            mesh.ep_group, self._ep_peers, mesh.rank, options.timeout_s, self._lane.sequence
         )
-        mesh.dispatch_lane = self._lane
         self._tables: dict[torch.device, SlotTables] = {}
 
     @property
@@ -100,25 +100,32 @@ class DeepEP(Dispatcher[DeepEPHandle]):
 
     def close(self) -> None:
         """Give DeepEP's buffer back, a collective of the group; a dispatch makes a new one."""
-        self._lane.start(self._exchange.close, torch.device(DEVICE), "close").finish()
+
+        def move() -> None:
+            with self._in_library("close"):
+                self._exchange.close()
+
+        self._start(move, torch.device(DEVICE), "close").finish()
+        super().close()
 
     # Preprocess
 
-    def start_preprocess(self, experts_TK: Tensor) -> Pending[DeepEPHandle]:
+    def start_preprocess(
+        self, experts_TK: Tensor, declared: Declared = UNKNOWN
+    ) -> Pending[DeepEPHandle]:
         """See `Dispatcher.start_preprocess`."""
+        if declared.refused:  # perhaps because it was elsewhere
+            experts_TK = experts_TK.to(DEVICE)
         self._check_experts(experts_TK)
-        num_tokens, device = len(experts_TK), experts_TK.device
+        device = experts_TK.device
         if device not in self._tables:
-            self._tables[device] = SlotTables(self.layout, self._grid, device)
+            self._tables[device] = SlotTables(self.layout, self._grid, self._nodes, device)
         tables = self._tables[device]
 
         def exchange() -> tuple[Tensor, ...]:
             slots_TK = tables.slots(experts_TK, self._ep_rank)
-            first_CG, lines = self._count(experts_TK, slots_TK, tables)
-            told = torch.empty_like(lines)
-            even = [1] * self._everyone.size
-            to, by = lines.view(torch.uint8), told.view(torch.uint8)
-            self._everyone.start(to, even, by, even, "dispatch(F)")()
+            first_CG, lines = self._count(experts_TK, slots_TK, declared, tables)
+            told = self._everyone.tell(lines, "dispatch(F)")
             return slots_TK, to_host(first_CG), to_host(told)
 
         def finish(found: tuple[Tensor, ...]) -> DeepEPHandle:
@@ -127,15 +134,14 @@ class DeepEP(Dispatcher[DeepEPHandle]):
             limit = self.options.node_limit
             check_census(amounts.ranks, self._ep_peers, self.num_experts, limit)
             self._check_distinct(told[:, -1].tolist())
-            if not num_tokens:  # DeepEP promises nothing for no tokens at all
-                slots_TK = torch.full((1, experts_TK.shape[1]), -1, device=device)
-            return DeepEPHandle(num_tokens, slots_TK, amounts, self.options.alignment)
+            counts = padded(amounts.entries, self.options.alignment)
+            return DeepEPHandle(self, slots_TK, counts, amounts)
 
-        pending = self._lane.start(exchange, device, "dispatch(F)", for_host=True)
+        pending = self._start(exchange, device, "dispatch(F)", for_host=True)
         return pending.then(finish)
 
     def _count(
-        self, experts_TK: Tensor, slots_TK: Tensor, tables: SlotTables
+        self, experts_TK: Tensor, slots_TK: Tensor, declared: Declared, tables: SlotTables
     ) -> tuple[Tensor, Tensor]:
         """Tokens by destination of the first hop, [1, G]; and what to tell each rank, [R, length].
 
@@ -147,12 +153,12 @@ class DeepEP(Dispatcher[DeepEPHandle]):
         if self._plan.two_hops:
             first_CG = wanted(tables.node_P1[slots_TK], grid.num_nodes).sum(dim=0, keepdim=True)
         nodes = None if self.options.node_limit is None else tables.node_P1
-        census = take_census(experts_TK, slots_TK, nodes, grid.num_nodes)
+        census = take_census(experts_TK, slots_TK, declared, nodes, grid.num_nodes)
         entries_P = count_entries(slots_TK, self.layout.num_slots)
         ordered_TK = slots_TK.sort(dim=1).values
         same_TK = (ordered_TK[:, 1:] == ordered_TK[:, :-1]) & (ordered_TK[:, 1:] >= 0)
         twice = same_TK.any().long().expand(grid.num_ranks, 1)
-        lines = self._plan.lines(census, first_CG, final_CR, entries_P)
+        lines = self._plan.lines(census, first_CG, final_CR, entries_P, tables)
         return first_CG, torch.cat([lines, twice], dim=1).contiguous()
 
     def _check_distinct(self, twice: list[int]) -> None:
@@ -172,9 +178,13 @@ class DeepEP(Dispatcher[DeepEPHandle]):
         handle: DeepEPHandle,
         operation: str,
         *,
-        first: bool,
+        with_slots: bool,
     ) -> Pending[Arrived]:
         payload, dtype, hidden = self.options.payload, x_TD.dtype, x_TD.shape[1]
+        self._check_values(f"{operation}: x_TD", x_TD)
+        if with_slots:
+            handle.hidden = hidden
+        self._check_width(operation, hidden, handle)
         # Indices travel with weights.
         choice_bytes = 0 if weights_TK is None else 12 * handle.top_k
         self._count_bytes(operation, handle, payload.row_bytes(hidden, dtype) + choice_bytes)
@@ -186,9 +196,10 @@ class DeepEP(Dispatcher[DeepEPHandle]):
             weights = None if weights_TK is None else _at_least_one(weights_TK).float()
             with self._in_library(operation):
                 self._reserve(hidden, handle)
-                if first:
+                if with_slots:
                     assert weights is not None
-                    found = self._exchange.spread(parts, handle.slots_TK, weights.contiguous())
+                    slots_TK = _at_least_one(handle.slots_TK, -1)
+                    found = self._exchange.spread(parts, slots_TK, weights.contiguous())
                     handle.route, parts, weights = found.route, found.parts, found.weights_MK
                     handle.expansion = self._expansion(found.local_MK, handle)
                 else:
@@ -204,7 +215,7 @@ class DeepEP(Dispatcher[DeepEPHandle]):
                 weights_N = expansion.choices(weights).to(weights_TK.dtype)
             return Arrived(payload.decode(rows, dtype), weights_N, payload.tiles(rows))
 
-        return self._lane.start(move, x_TD.device, operation)
+        return self._start(move, x_TD.device, operation)
 
     def _reserve(self, hidden: int, handle: DeepEPHandle) -> None:
         most = max(1, *(census.num_tokens for census in handle.amounts.ranks))
@@ -226,6 +237,9 @@ class DeepEP(Dispatcher[DeepEPHandle]):
     ) -> Pending[tuple[Tensor | None, Tensor | None]]:
         given = rows_ND if rows_ND is not None else weights_N
         assert given is not None
+        if rows_ND is not None:
+            self._check_values(f"{operation}: rows_ND", rows_ND)
+            self._check_width(operation, rows_ND.shape[1], handle)
         # DeepEP sends no weights without rows; the narrowest that any version takes.
         hidden = 256 if rows_ND is None else rows_ND.shape[1]
         width = SUMMED.itemsize * hidden + (0 if weights_N is None else 4 * handle.top_k)
@@ -251,7 +265,7 @@ class DeepEP(Dispatcher[DeepEPHandle]):
             assert weights is not None
             return y_TD, weights[: handle.num_tokens].to(weights_N.dtype)
 
-        return self._lane.start(move, given.device, operation)
+        return self._start(move, given.device, operation)
 
     # What both share
 
@@ -277,20 +291,24 @@ class DeepEP(Dispatcher[DeepEPHandle]):
             yield
         except CommError:
             raise
-        except RuntimeError as error:
+        except Exception as error:  # it asserts, and fails in other ways of its own
+            setting = filling()
+            if setting is not None:
+                raise ValueError(setting) from error
+            if isinstance(error, RuntimeError):
+                reason = backend_reason(error, self.options.timeout_s)
+            else:
+                said = str(error).strip().splitlines()
+                reason = ": ".join([type(error).__name__, *said[:1]])
             raise CommError(
-                f"rank {self._rank}: {operation} failed in DeepEP ({self.version}): "
-                f"{backend_reason(error, self.options.timeout_s)}",
+                f"rank {self._rank}: {operation} with {name_ranks(self._everyone.others)} failed "
+                f"in DeepEP ({self.version}): {reason}",
                 peers=self._everyone.others,
             ) from error
 
     def _check_experts(self, experts_TK: Tensor) -> None:
         super()._check_experts(experts_TK)
-        if experts_TK.shape[1] > MOST_CHOICES:
-            raise ValueError(
-                f"DeepEP takes at most {MOST_CHOICES} experts a token, experts_TK has "
-                f"{experts_TK.shape[1]}; use 'two_hop'"
-            )
+        self._refuse_sizes("experts_TK", None, experts_TK.shape[1])
         self._check_device("experts_TK", experts_TK)
 
     def _check_tokens(self, x_TD: Tensor, weights_TK: Tensor, num_tokens: int, top_k: int) -> None:
@@ -302,10 +320,6 @@ class DeepEP(Dispatcher[DeepEPHandle]):
                 "'two_hop'"
             )
 
-    def _check_rows(self, rows_ND: Tensor, handle: DeepEPHandle) -> None:
-        super()._check_rows(rows_ND, handle)
-        self._check_values("combine: rows_ND", rows_ND)
-
     def _check_values(self, name: str, values: Tensor) -> None:
         """Refuse rows that DeepEP cannot carry."""
         self._check_device(name, values)
@@ -315,11 +329,21 @@ class DeepEP(Dispatcher[DeepEPHandle]):
                 f"{name} is {values.dtype}, but DeepEP moves bfloat16: ask for payload 'bf16' or "
                 "'fp8' to have it rounded, or use 'two_hop'"
             )
-        multiple = self._exchange.hidden_multiple(payload.name)
-        if values.shape[1] % multiple:
+        self._refuse_sizes(name, values.shape[1], None)
+
+    def _refuse_sizes(self, name: str, hidden: int | None, top_k: int | None) -> None:
+        ranks, payload = len(self._ep_peers), self.options.payload.name
+        reason = self._exchange.refusal(ranks, payload, hidden, top_k)
+        if reason is not None:
+            raise ValueError(f"{name}: {reason}; use 'two_hop'")
+
+    def _check_width(self, operation: str, hidden: int, handle: DeepEPHandle) -> None:
+        """What DeepEP keeps of a route depends on the width of its rows."""
+        if hidden != handle.hidden:
             raise ValueError(
-                f"{name} has {values.shape[1]} columns, but DeepEP ({self.version}) takes "
-                f"multiples of {multiple}; use 'two_hop'"
+                f"{operation}: rows have {hidden} columns, but this handle's first dispatch had "
+                f"{handle.hidden}, and DeepEP's routes serve one width: dispatch without a handle, "
+                "or use 'two_hop'"
             )
 
     def _check_device(self, name: str, values: Tensor) -> None:
@@ -329,6 +353,6 @@ class DeepEP(Dispatcher[DeepEPHandle]):
             )
 
 
-def _at_least_one(rows: Tensor) -> Tensor:
-    """`rows`, or a row of zeros where there are none."""
-    return rows if len(rows) else rows.new_zeros(1, *rows.shape[1:])
+def _at_least_one(rows: Tensor, value: int = 0) -> Tensor:
+    """`rows`, or one of `value` where there are none: DeepEP promises nothing for no tokens."""
+    return rows if len(rows) else rows.new_full((1, *rows.shape[1:]), value)

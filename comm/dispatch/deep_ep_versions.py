@@ -10,18 +10,26 @@ Shapes: T tokens, K choices, H hidden, P slots, R ranks, M tokens received.
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# With V2 the number of SMs follows from a balanced router's traffic, which group-limited routing is
-# not; then this many, as in DeepSeek-V3's training (arXiv 2412.19437, section 3.2.2).
-GROUP_LIMITED_SMS = 20
+from ..collectives import gather
+
+_LOG = logging.getLogger(__name__)
+
+# V2 works out how many SMs it needs from a balanced router's traffic and the links' bandwidth. For
+# group-limited routing, and where the bandwidth cannot be found out, this many, as in DeepSeek-V3's
+# training (arXiv 2412.19437, section 3.2.2).
+DEFAULT_SMS = 20
+MOST_CHOICES = 32  # of a token: the lanes of a warp
 
 
 @dataclass(frozen=True)
@@ -52,9 +60,13 @@ class Exchange(ABC):
 
     Attributes:
         version: how it is called.
+        least_capability: compute capability of a GPU that it runs on.
+        most_hidden: the most columns of a row, or None where nothing is known of a limit.
     """
 
-    version: str
+    version: ClassVar[str]
+    least_capability: ClassVar[tuple[int, int]]
+    most_hidden: ClassVar[int | None] = None
 
     def __init__(
         self, library: Any, group: dist.ProcessGroup, num_slots: int, timeout_s: float
@@ -66,9 +78,30 @@ class Exchange(ABC):
         self._index_dtype: torch.dtype = getattr(library, "topk_idx_t", torch.int64)
         self._buffer: Any = None
 
+    @classmethod
     @abstractmethod
-    def hidden_multiple(self, payload: str) -> int:
+    def hidden_multiple(cls, num_ranks: int, payload: str) -> int:
         """H must be a multiple of this."""
+
+    @classmethod
+    def refusal(
+        cls, num_ranks: int, payload: str, hidden: int | None, top_k: int | None
+    ) -> str | None:
+        """Why rows of `hidden` columns or `top_k` choices a token cannot be carried, or None.
+
+        Args:
+            hidden, top_k: None where it is not known.
+        """
+        if top_k is not None and top_k > MOST_CHOICES:
+            return f"DeepEP takes at most {MOST_CHOICES} experts a token, not {top_k}"
+        if hidden is None:
+            return None
+        multiple = cls.hidden_multiple(num_ranks, payload)
+        if hidden % multiple:
+            return f"DeepEP ({cls.version}) takes multiples of {multiple} columns, not {hidden}"
+        if cls.most_hidden is not None and hidden > cls.most_hidden:
+            return f"DeepEP ({cls.version}) takes at most {cls.most_hidden} columns, not {hidden}"
+        return None
 
     @abstractmethod
     def reserve(self, num_tokens: int, hidden: int, top_k: int, payload: str) -> None:
@@ -116,6 +149,9 @@ class Legacy(Exchange):
     """V1, from 1.2 on."""
 
     version = "V1 Buffer"
+    least_capability = (8, 0)
+    # A row between nodes, half a row within one, is to fit into a warp's part of shared memory.
+    most_hidden = 7936
     RANKS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)
     NODE = 8  # it takes this many neighbouring ranks for a node
 
@@ -127,9 +163,10 @@ class Legacy(Exchange):
         indices_TK: Tensor
         layout: dict[str, Tensor | None]
 
-    def hidden_multiple(self, payload: str) -> int:
+    @classmethod
+    def hidden_multiple(cls, num_ranks: int, payload: str) -> int:
         """Between nodes, a warp sums 32 x 16 bytes at a time; within one, rows are 16 values."""
-        if self._group.size() > self.NODE:
+        if num_ranks > cls.NODE:
             return 256
         return 128 if payload == "fp8" else 16
 
@@ -191,6 +228,7 @@ class Elastic(Exchange):
     """
 
     version = "V2 ElasticBuffer"
+    least_capability = (9, 0)
     MOST_SLOTS, MOST_SLOTS_A_RANK = 2048, 256
 
     def __init__(
@@ -205,10 +243,12 @@ class Elastic(Exchange):
         super().__init__(library, group, num_slots, timeout_s)
         self._group_limited = group_limited
         self._most_tokens = 0
+        self._num_sms: dict[int, int] = {}  # by the number of choices
 
-    def hidden_multiple(self, payload: str) -> int:
+    @classmethod
+    def hidden_multiple(cls, num_ranks: int, payload: str) -> int:
         """The combine kernel has a warp sum 32 x 16 bytes at a time."""
-        del payload
+        del num_ranks, payload
         return 256
 
     def reserve(self, num_tokens: int, hidden: int, top_k: int, payload: str) -> None:
@@ -236,9 +276,9 @@ class Elastic(Exchange):
         )
 
     def spread(self, parts: list[Tensor], slots_TK: Tensor, weights_TK: Tensor) -> Received:
-        num_sms = GROUP_LIMITED_SMS
-        if not self._group_limited:
-            num_sms = self._buffer.get_theoretical_num_sms(self._num_slots, slots_TK.shape[1])
+        top_k = slots_TK.shape[1]
+        if top_k not in self._num_sms:
+            self._num_sms[top_k] = self._agree_on_sms(top_k)
         rows, local_MK, weights_MK, handle, _ = self._buffer.dispatch(
             _payload(parts),
             topk_idx=slots_TK.to(self._index_dtype).contiguous(),
@@ -246,9 +286,35 @@ class Elastic(Exchange):
             num_experts=self._num_slots,
             num_max_tokens_per_rank=self._most_tokens,
             expert_alignment=1,  # rows are aligned where they are grouped
-            num_sms=num_sms,
+            num_sms=self._num_sms[top_k],
         )
         return Received(_parts(rows), local_MK.long(), weights_MK, handle)
+
+    def _agree_on_sms(self, top_k: int) -> int:
+        """One number for all ranks, whose links may have been found out differently: the largest.
+
+        Raises:
+            CommError: a peer died, or did not answer within the process group's limit.
+        """
+        if self._group_limited:
+            return DEFAULT_SMS
+        what = "DeepEP's number of SMs"
+        most = max(gather(self._estimated_sms(top_k), self._group, what))
+        if not most and not self._group.rank():
+            _LOG.warning(
+                "DeepEP could not find out the links' bandwidth; it gets %d SMs", DEFAULT_SMS
+            )
+        return most or DEFAULT_SMS
+
+    def _estimated_sms(self, top_k: int) -> int:
+        """DeepEP's estimate, or 0 where it does not know the bandwidth of the links."""
+        estimate = partial(self._buffer.get_theoretical_num_sms, self._num_slots, top_k)
+        try:
+            num_sms = estimate()
+            # Slower SMs must have to be more; if not, it took the bandwidth for 0.
+            return num_sms if estimate(sm_read_gbs=1e-3, sm_write_gbs=1e-3) > num_sms else 0
+        except ZeroDivisionError:
+            return 0
 
     def spread_again(
         self, parts: list[Tensor], weights_TK: Tensor | None, route: Any

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Generic, TypeVar
 
@@ -16,6 +16,11 @@ from ..waiting import name_ranks
 
 T = TypeVar("T")
 U = TypeVar("U")
+
+_Work = tuple[tuple[int, ...], dist.Work]  # global ranks that it waits for, and what waits
+# Away from 0, torch's own tag, with which others may send over the same group.
+_FIRST_TAG, _NUM_TAGS = 1 << 16, 1 << 26
+_OPERATIONS = ("dispatch(F)", "combine(F)", "combine(B)", "dispatch(B)")  # what tags tell apart
 
 
 class Pending(Generic[T]):
@@ -52,6 +57,8 @@ class Peers:
         ranks: the group's global ranks, in its order.
         rank: this global rank.
         timeout_s: limit of a wait, seconds.
+        sequence: numbers the exchanges (of `Lane`). Between CPUs each message carries its number
+            and operation, so that ranks out of step wait instead of mixing their rows.
 
     Attributes:
         size: number of ranks.
@@ -65,6 +72,7 @@ class Peers:
         ranks: Sequence[int],
         rank: int,
         timeout_s: float,
+        sequence: Iterator[int],
     ) -> None:
         assert group is not None or len(ranks) == 1
         self.size = len(ranks)
@@ -73,6 +81,7 @@ class Peers:
         self._group = group
         self._rank = rank
         self._timeout_s = timeout_s
+        self._sequence = sequence
 
     def start(
         self,
@@ -98,25 +107,55 @@ class Peers:
         """
         assert send.dtype == receive.dtype == torch.uint8
         assert (len(send), len(receive)) == (sum(send_splits), sum(receive_splits))
+        return self._exchange(
+            send, send_splits, receive, receive_splits, operation, _OPERATIONS.index(operation)
+        )
+
+    def tell(self, lines: Tensor, operation: str) -> Tensor:
+        """Tell each rank one line of numbers; waits for theirs.
+
+        Args:
+            lines: [size, length] int64, contiguous, one for each rank in the group's order.
+            operation: what to call it in an error.
+
+        Returns:
+            [size, length], what each rank told this one.
+        """
+        told, one_each = torch.empty_like(lines), [1] * self.size
+        to, by = lines.view(torch.uint8), told.view(torch.uint8)
+        self._exchange(to, one_each, by, one_each, operation, len(_OPERATIONS))()
+        return told
+
+    def _exchange(
+        self,
+        send: Tensor,
+        send_splits: Sequence[int],
+        receive: Tensor,
+        receive_splits: Sequence[int],
+        operation: str,
+        code: int,
+    ) -> Callable[[], None]:
+        number = next(self._sequence)
         try:
             if send.is_cuda:
                 works = self._start_collective(send, send_splits, receive, receive_splits)
             else:
-                works = self._start_directly(send, send_splits, receive, receive_splits)
+                tag = _FIRST_TAG + number % _NUM_TAGS * (len(_OPERATIONS) + 1) + code
+                works = self._start_directly(send, send_splits, receive, receive_splits, tag)
         except RuntimeError as error:
-            raise self._error(operation, error) from error
+            raise self._error(operation, error, self.others) from error
 
         def wait() -> None:
             end = time.monotonic() + self._timeout_s
-            try:
-                for work in works:
+            for peers, work in works:
+                try:
                     if send.is_cuda:
                         work.wait()
                     else:
                         left_s = max(end - time.monotonic(), 1e-3)  # 0 would mean no limit
                         work.wait(timedelta(seconds=left_s))
-            except RuntimeError as error:
-                raise self._error(operation, error) from error
+                except RuntimeError as error:
+                    raise self._error(operation, error, peers) from error
 
         return wait
 
@@ -126,7 +165,7 @@ class Peers:
         send_splits: Sequence[int],
         receive: Tensor,
         receive_splits: Sequence[int],
-    ) -> list[dist.Work]:
+    ) -> list[_Work]:
         if self._group is None:
             receive.copy_(send)
             return []
@@ -139,7 +178,7 @@ class Peers:
             async_op=True,
         )
         assert work is not None  # this rank is a member of its own group
-        return [work]
+        return [(self.others, work)]
 
     def _start_directly(
         self,
@@ -147,7 +186,8 @@ class Peers:
         send_splits: Sequence[int],
         receive: Tensor,
         receive_splits: Sequence[int],
-    ) -> list[dist.Work]:
+        tag: int,
+    ) -> list[_Work]:
         """Every pair by itself, receives before sends.
 
         Gloo's all-to-all posts its sends first, so that two ranks with much for each other take
@@ -158,22 +198,18 @@ class Peers:
         incoming[here].copy_(outgoing[here])
         # Each rank begins with the one after it, so that not all of them send to the same.
         turn = [(here + step) % self.size for step in range(1, self.size)]
-        works = [
-            dist.irecv(incoming[peer], self.ranks[peer], group=self._group)
-            for peer in turn
-            if receive_splits[peer]
-        ]
-        works += [
-            dist.isend(outgoing[peer], self.ranks[peer], group=self._group)
-            for peer in turn
-            if send_splits[peer]
-        ]
-        assert None not in works  # this rank is a member of its own group
-        return [work for work in works if work is not None]
+        works: list[_Work] = []
+        for start, rows in ((dist.irecv, incoming), (dist.isend, outgoing)):
+            for peer in turn:
+                if len(rows[peer]):
+                    work = start(rows[peer], self.ranks[peer], group=self._group, tag=tag)
+                    assert work is not None  # this rank is a member of its own group
+                    works.append(((self.ranks[peer],), work))
+        return works
 
-    def _error(self, operation: str, error: RuntimeError) -> CommError:
+    def _error(self, operation: str, error: RuntimeError, peers: tuple[int, ...]) -> CommError:
         return CommError(
             f"rank {self._rank}: {operation} failed while waiting for "
-            f"{name_ranks(self.others)}: {backend_reason(error, self._timeout_s)}",
-            peers=self.others,
+            f"{name_ranks(peers)}: {backend_reason(error, self._timeout_s)}",
+            peers=peers,
         )

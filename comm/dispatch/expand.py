@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .host import to_device
 from .pieces import inverse
 from .sums import Bags
 
@@ -21,7 +22,6 @@ class Expansion:
     """How records become rows.
 
     Attributes:
-        counts: rows of each local slot, padding included.
         record_N: the record of each row; 0 of padding.
         entry_N: record * K + choice of each row; 0 of padding.
         entries: record * K + choice of each entry, ascending.
@@ -29,7 +29,6 @@ class Expansion:
         bags: the rows of each record, in the order of its choices.
     """
 
-    counts: list[int]
     record_N: Tensor
     entry_N: Tensor
     entries: Tensor
@@ -61,7 +60,7 @@ class Expansion:
         place = record if place_M is None else place_M[record]
         key = local_MK.reshape(-1)[entries] * num_records + place
         order = torch.argsort(key, stable=True)
-        counts = [-(-n // alignment) * alignment for n in num_entries]
+        counts = padded(num_entries, alignment)
         row = inverse(order)  # of each entry
         rank_of_row = order
         padding = None
@@ -71,8 +70,8 @@ class Expansion:
                 shift += [at]
                 at += count - real
             moved = torch.repeat_interleave(
-                torch.tensor(shift, device=device),
-                torch.tensor(list(num_entries), device=device),
+                to_device(shift, device),
+                to_device(num_entries, device),
                 output_size=total,
             )
             target = torch.arange(total, device=device) + moved
@@ -83,7 +82,6 @@ class Expansion:
             rank_of_row[target] = order
             padding = torch.nonzero_static(is_padding, size=sum(counts) - total).view(-1)
         return cls(
-            counts,
             _at(record, rank_of_row, padding),
             _at(entries, rank_of_row, padding),
             entries,
@@ -119,6 +117,11 @@ def _at(values: Tensor, order: Tensor, padding: Tensor | None) -> Tensor:
     return torch.zeros_like(order)  # nothing but padding
 
 
+def padded(counts: Sequence[int], alignment: int) -> list[int]:
+    """Each count made a multiple of `alignment`."""
+    return [-(-count // alignment) * alignment for count in counts]
+
+
 def places(sizes: Sequence[Sequence[int]], arrival: Sequence[int], device: torch.device) -> Tensor:
     """Where each record stands once records are ordered by source rank.
 
@@ -142,6 +145,6 @@ def places(sizes: Sequence[Sequence[int]], arrival: Sequence[int], device: torch
             lengths.append(of_source[source])
             arrived += of_source[source]
     moved = torch.repeat_interleave(
-        torch.tensor(shifts, device=device), torch.tensor(lengths, device=device), output_size=start
+        to_device(shifts, device), to_device(lengths, device), output_size=start
     )
     return moved + torch.arange(start, device=device)

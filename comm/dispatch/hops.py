@@ -20,11 +20,12 @@ from torch import Tensor
 from ...parallel.mesh import Mesh
 from . import moves
 from .base import Arrived, Dispatcher, Handle, Options
-from .buffers import Buffers, Hold
+from .buffers import Hold
+from .census import UNKNOWN, Declared, check_census, take_census
 from .exchange import Peers, Pending
-from .expand import Expansion, places
+from .expand import Expansion, padded, places
 from .grid import NodeGrid
-from .lane import Lane, to_host
+from .host import to_host
 from .layout import ExpertLayout
 from .moves import Hop, Part, Returning
 from .pieces import Piece, wanted
@@ -32,12 +33,11 @@ from .route import (
     Counts,
     Plan,
     SlotTables,
-    check_census,
     count_by_piece,
     count_entries,
     piece_bounds,
-    take_census,
 )
+from .sizes import slot_bytes
 
 
 @dataclass(frozen=True)
@@ -57,21 +57,23 @@ class HopHandle(Handle):
     """The route of one dispatch.
 
     Attributes:
-        slots_TK: the slot of each choice, -1 for none.
         amounts: how many records and entries go where.
-        first: the pieces of the first hop; none where this rank is alone.
+        first_pieces: of the first hop; none where this rank is alone.
         route: the rest, once the first dispatch has run.
     """
 
     def __init__(
-        self, slots_TK: Tensor, amounts: Counts, first: list[Piece], alignment: int
+        self,
+        owner: Hops,
+        slots_TK: Tensor,
+        counts: list[int],
+        amounts: Counts,
+        first_pieces: list[Piece],
     ) -> None:
-        super().__init__(*slots_TK.shape)
-        self.slots_TK = slots_TK
+        super().__init__(owner, slots_TK, counts)
         self.amounts = amounts
-        self.first = first
+        self.first_pieces = first_pieces
         self.route: Route | None = None
-        self.counts = [-(-n // alignment) * alignment for n in amounts.entries]
 
 
 class Hops(Dispatcher[HopHandle]):
@@ -81,7 +83,6 @@ class Hops(Dispatcher[HopHandle]):
         name: what it is called.
         mesh, layout, options: as of `Dispatcher`.
         grid: the expert group's ranks.
-        lane: where moves run.
         everyone: the expert group; it exchanges the counts, and the records where there is one hop.
         rail, node: the peers of the first and the second hop, where there are two.
         each_choice: every choice of a token is a row of its own, sent by itself.
@@ -95,7 +96,6 @@ class Hops(Dispatcher[HopHandle]):
         options: Options,
         *,
         grid: NodeGrid,
-        lane: Lane,
         everyone: Peers,
         rail: Peers | None = None,
         node: Peers | None = None,
@@ -115,10 +115,8 @@ class Hops(Dispatcher[HopHandle]):
             self._hops = [self._hop(rail), self._hop(node)]
         else:
             self._hops = [self._hop(everyone)] if everyone.size > 1 else []
-        self._lane = lane
-        self._buffers = Buffers()
         self._tables: dict[torch.device, SlotTables] = {}
-        self._slot_dtype = torch.int16 if layout.num_slots <= 1 << 15 else torch.int32
+        self._slot_dtype = torch.int16 if slot_bytes(layout.num_slots) == 2 else torch.int32
 
     def _hop(self, peers: Peers) -> Hop:
         ep_rank = {rank: e for e, rank in enumerate(self._ep_peers)}
@@ -127,34 +125,31 @@ class Hops(Dispatcher[HopHandle]):
 
     # Preprocess
 
-    def start_preprocess(self, experts_TK: Tensor) -> Pending[HopHandle]:
+    def start_preprocess(
+        self, experts_TK: Tensor, declared: Declared = UNKNOWN
+    ) -> Pending[HopHandle]:
         """See `Dispatcher.start_preprocess`."""
         self._check_experts(experts_TK)
         tables = self._tables_on(experts_TK.device)
 
         def exchange() -> tuple[Tensor, ...]:
-            slots_TK, rows, first_CG, lines = self.count(experts_TK, tables)
-            told = lines
-            if self._hops:
-                told = torch.empty_like(lines)
-                even = [1] * self._everyone.size
-                to, by = lines.view(torch.uint8), told.view(torch.uint8)
-                self._everyone.start(to, even, by, even, "dispatch(F)")()
+            slots_TK, rows, first_CG, lines = self.count(experts_TK, declared, tables)
+            told = self._everyone.tell(lines, "dispatch(F)") if self._hops else lines
             return slots_TK, rows, to_host(first_CG), to_host(told)
 
         def finish(found: tuple[Tensor, ...]) -> HopHandle:
             slots_TK, rows, first_CG, told = found
             amounts = self._plan.read(told, first_CG)
             check_census(amounts.ranks, self._ep_peers, self.num_experts, self.options.node_limit)
-            first = self._first_pieces(rows, amounts) if self._hops else []
-            return HopHandle(slots_TK, amounts, first, self.options.alignment)
+            pieces = self._first_pieces(rows, amounts) if self._hops else []
+            counts = padded(amounts.entries, self.options.alignment)
+            return HopHandle(self, slots_TK, counts, amounts, pieces)
 
-        return self._lane.start(exchange, experts_TK.device, "dispatch(F)", for_host=True).then(
-            finish
-        )
+        pending = self._start(exchange, experts_TK.device, "dispatch(F)", for_host=True)
+        return pending.then(finish)
 
     def count(
-        self, experts_TK: Tensor, tables: SlotTables
+        self, experts_TK: Tensor, declared: Declared, tables: SlotTables
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What preprocessing works out before anything is exchanged.
 
@@ -174,21 +169,15 @@ class Hops(Dispatcher[HopHandle]):
             if self._plan.two_hops:
                 rows = wanted(tables.node_P1[slots_TK], grid.num_nodes)
                 first_CG = count_by_piece(rows, pieces)
-        census = take_census(experts_TK, slots_TK, self._node_table(tables), len(set(self._nodes)))
-        return slots_TK, rows, first_CG, self._plan.lines(census, first_CG, final_CR, entries_P)
+        asked = None if self.options.node_limit is None else tables.host_P1
+        census = take_census(experts_TK, slots_TK, declared, asked, tables.num_hosts)
+        lines = self._plan.lines(census, first_CG, final_CR, entries_P, tables)
+        return slots_TK, rows, first_CG, lines
 
     def _tables_on(self, device: torch.device) -> SlotTables:
         if device not in self._tables:
-            self._tables[device] = SlotTables(self.layout, self._grid, device)
+            self._tables[device] = SlotTables(self.layout, self._grid, self._nodes, device)
         return self._tables[device]
-
-    def _node_table(self, tables: SlotTables) -> Tensor | None:
-        """The node of each slot, whether hops mind it or not; None if nobody asks."""
-        if self.options.node_limit is None:
-            return None
-        number = {node: n for n, node in enumerate(dict.fromkeys(self._nodes))}
-        of_rank = [number[self._nodes[rank]] for rank in self._grid.order]
-        return torch.tensor([*of_rank, len(number)], device=tables.rank_P1.device)[tables.rank_P1]
 
     def _first_pieces(self, rows: Tensor, amounts: Counts) -> list[Piece]:
         splits = amounts.hops[0]
@@ -208,7 +197,7 @@ class Hops(Dispatcher[HopHandle]):
         handle: HopHandle,
         operation: str,
         *,
-        first: bool,
+        with_slots: bool,
     ) -> Pending[Arrived]:
         payload, dtype = self.options.payload, x_TD.dtype
         self.sent_bytes.setdefault(operation, [0] * len(self._ep_peers))
@@ -219,38 +208,39 @@ class Hops(Dispatcher[HopHandle]):
             num_row_parts = len(parts)
             if weights_TK is not None:
                 parts.append(self._metadata(weights_TK))
-            if first:
+            if with_slots:
                 parts.append(self._metadata(handle.slots_TK.to(self._slot_dtype)))
-            with self._buffers.hold(x_TD.device) as take:
-                arrived = self._send(parts, handle, operation, first, take)
+            with self._lane.buffers.hold(x_TD.device) as take:
+                arrived = self._send(parts, handle, operation, with_slots, take)
                 assert handle.route is not None
                 expansion = handle.route.expansion
                 rows = [expansion.rows(part) for part in arrived[:num_row_parts]]
                 weights_N = None
                 if weights_TK is not None:
                     weights_N = expansion.choices(arrived[num_row_parts])
-            return Arrived(payload.decode(rows, dtype), weights_N, payload.tiles(rows))
+            tiles = payload.tiles(rows) if operation == "dispatch(F)" else None
+            return Arrived(payload.decode(rows, dtype), weights_N, tiles)
 
-        return self._lane.start(move, x_TD.device, operation)
+        return self._start(move, x_TD.device, operation)
 
     def _metadata(self, values_TK: Tensor) -> Part:
         """By row of the first hop: a token's, or a choice's."""
         return Part(values_TK.reshape(-1, 1) if self._each_choice else values_TK)
 
     def _send(
-        self, parts: list[Part], handle: HopHandle, operation: str, first: bool, take: Hold
+        self, parts: list[Part], handle: HopHandle, operation: str, with_slots: bool, take: Hold
     ) -> list[Tensor]:
         """The parts of the records that reach this rank; the first time, finds the route."""
         pieces: list[list[Piece]] = [] if handle.route is None else handle.route.pieces
         if self._hops:
-            arriving, form = moves.send(self._hops[0], handle.first, parts, take, operation)
-            if first:
-                pieces = [handle.first]
+            arriving, form = moves.send(self._hops[0], handle.first_pieces, parts, take, operation)
+            if with_slots:
+                pieces = [handle.first_pieces]
             if len(self._hops) == 2:
                 second: list[Piece] = []
 
                 def plan(number: int, start: int, records: Tensor) -> Piece:
-                    if not first:
+                    if not with_slots:
                         return pieces[1][number]
                     slots = form.part(records, len(parts) - 1).long()
                     wants = wanted(self._here(slots), self._grid.ranks_per_node)
@@ -259,14 +249,14 @@ class Hops(Dispatcher[HopHandle]):
 
                 splits = handle.amounts.hops[1]
                 arriving = moves.forward(self._hops[1], arriving, splits, plan, take, operation)
-                if first:
+                if with_slots:
                     pieces.append(second)
             for wait in arriving.waits:
                 wait()
             arrived = [form.part(arriving.records_MW, i) for i in range(len(parts))]
         else:
             arrived = [part.values for part in parts]
-        if first:
+        if with_slots:
             handle.route = Route(pieces, self._expansion(arrived[-1].long(), handle))
         return arrived
 
@@ -303,7 +293,7 @@ class Hops(Dispatcher[HopHandle]):
             assert handle.route is not None  # moves run in the order of their starts
             parts = self._returning(rows_ND, weights_N, handle, handle.route.expansion)
             if self._hops:
-                with self._buffers.hold(given.device) as take:
+                with self._lane.buffers.hold(given.device) as take:
                     found = moves.bring_back(
                         self._hops, handle.route.pieces, parts, take, operation
                     )
@@ -314,7 +304,7 @@ class Hops(Dispatcher[HopHandle]):
                 return y_TD, None
             return y_TD, found[-1].reshape(handle.num_tokens, handle.top_k)
 
-        return self._lane.start(move, given.device, operation)
+        return self._start(move, given.device, operation)
 
     def _returning(
         self,

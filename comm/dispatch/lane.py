@@ -6,23 +6,29 @@ the caller computes. On a GPU it is a stream: all is enqueued at the start and t
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ...parallel.mesh import Mesh
 from ..errors import CommError
 from ..waiting import WaitBoard, name_ranks
+from .buffers import Buffers
 from .exchange import Pending
 
 T = TypeVar("T")
-Job = tuple[Callable[[], Any], "Future[Any]"]
+Job = tuple[Callable[[], Any], str, "Future[Any]"]
+
+_LAST_MOMENTS_S = 2.0  # for moves that are still under way when the interpreter ends
 
 
 class Lane:
@@ -32,16 +38,18 @@ class Lane:
         rank: this global rank, for errors.
         others: the global ranks that moves wait for; without any, a move runs where it is started.
         board: where the caller's wait is announced.
-        timeout_s: limit of the host's wait for a GPU, seconds.
+
+    Attributes:
+        sequence: numbers the exchanges of moves, alike on all ranks that make the same moves.
+        buffers: memory for messages, used by one move at a time.
     """
 
-    def __init__(
-        self, rank: int, others: Sequence[int], board: WaitBoard, timeout_s: float
-    ) -> None:
+    def __init__(self, rank: int, others: Sequence[int], board: WaitBoard) -> None:
+        self.sequence = itertools.count()
+        self.buffers = Buffers()
         self._rank = rank
         self._others = tuple(others)
         self._board = board
-        self._timeout_s = timeout_s
         self._jobs: queue.SimpleQueue[Job | None] | None = None
         self._stream: torch.cuda.Stream | None = None
 
@@ -51,27 +59,30 @@ class Lane:
         device: torch.device,
         operation: str,
         *,
+        timeout_s: float = 300.0,
         for_host: bool = False,
     ) -> Pending[T]:
         """Start `move`, without autograd; moves run in the order of their starts.
+
+        What a move reads must not change until `finish`.
 
         Args:
             move: communicates and reorders tensors on `device`; returns tensors of its own, or
                 nested tuples of them.
             operation: what it is, for errors and the wait board.
+            timeout_s: limit of the host's wait for a GPU, seconds. (On the CPU each wait within a
+                move has its own; a wait of a GPU's stream has that of the process group.)
             for_host: the host will read the result, so `finish` waits on the host for a GPU too.
 
         Raises:
             CommError: from `finish`; what the move raised, or the limit expired.
         """
         if not self._others:
-            with torch.no_grad():
-                result = move()
-            return Pending(lambda: result)
+            return self._run_here(move, device, for_host)
         if device.type == "cuda":
-            return self._start_on_stream(move, device, operation, for_host)
+            return self._start_on_stream(move, device, operation, timeout_s if for_host else None)
         future: Future[T] = Future()
-        self._thread_jobs().put((move, future))
+        self._thread_jobs().put((move, operation, future))
 
         def finish() -> T:
             with self._board.waiting(operation, self._others):
@@ -82,26 +93,42 @@ class Lane:
     def _thread_jobs(self) -> queue.SimpleQueue[Job | None]:
         if self._jobs is None:
             self._jobs = queue.SimpleQueue()
-            name = f"dispatch-{self._rank}"
-            threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True).start()
-            weakref.finalize(self, self._jobs.put, None)
+            thread = threading.Thread(
+                target=_work,
+                args=(self._jobs, self._rank),
+                name=f"dispatch-{self._rank}",
+                daemon=True,
+            )
+            thread.start()
+            weakref.finalize(self, _end, self._jobs, thread)  # at the interpreter's exit, too
         return self._jobs
 
+    def _run_here(self, move: Callable[[], T], device: torch.device, for_host: bool) -> Pending[T]:
+        with _outside_autograd():
+            result = move()
+
+        def finish() -> T:
+            if for_host and device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()  # its own work; nobody else's
+            return result
+
+        return Pending(finish)
+
     def _start_on_stream(
-        self, move: Callable[[], T], device: torch.device, operation: str, for_host: bool
+        self, move: Callable[[], T], device: torch.device, operation: str, limit_s: float | None
     ) -> Pending[T]:
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
         lane, caller = self._stream, torch.cuda.current_stream(device)
         lane.wait_stream(caller)
-        with torch.no_grad(), torch.cuda.stream(lane):
+        with _outside_autograd(), torch.cuda.stream(lane):
             result = move()
             done = torch.cuda.Event()
             done.record(lane)
 
         def finish() -> T:
-            if for_host:
-                self._wait_for(done, operation)
+            if limit_s is not None:
+                self._wait_for(done, operation, limit_s)
             caller = torch.cuda.current_stream(device)
             caller.wait_event(done)
             for tensor in _tensors(result):
@@ -113,26 +140,26 @@ class Lane:
 
         return Pending(finish)
 
-    def _wait_for(self, done: torch.cuda.Event, operation: str) -> None:
+    def _wait_for(self, done: torch.cuda.Event, operation: str, limit_s: float) -> None:
         """Wait on the host for an event on the GPU, within the limit."""
-        end = time.monotonic() + self._timeout_s
+        end = time.monotonic() + limit_s
         with self._board.waiting(operation, self._others):
             while not done.query():
                 if time.monotonic() > end:
                     raise CommError(
                         f"rank {self._rank}: {operation} failed while waiting for "
-                        f"{name_ranks(self._others)}: no answer within {self._timeout_s:g} s",
+                        f"{name_ranks(self._others)}: no answer within {limit_s:g} s",
                         peers=self._others,
                     )
                 time.sleep(20e-6)
 
 
-def to_host(counts: Tensor) -> Tensor:
-    """Counts on the CPU; from a GPU in its stream's order, to be read once that was waited for."""
-    if counts.is_cpu:
-        return counts
-    host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
-    return host.copy_(counts, non_blocking=True)
+def lane_of(mesh: Mesh) -> Lane:
+    """The lane of all dispatchers over a mesh."""
+    if mesh.dispatch_lane is None:
+        others = tuple(rank for rank in mesh.shape.ep_peers(mesh.rank) if rank != mesh.rank)
+        mesh.dispatch_lane = Lane(mesh.rank, others, mesh.waits)
+    return mesh.dispatch_lane
 
 
 def _tensors(result: object) -> Iterator[Tensor]:
@@ -144,19 +171,37 @@ def _tensors(result: object) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _work(jobs: queue.SimpleQueue[Job | None]) -> None:
-    """Do the jobs that come. After one has failed, all others fail likewise: ranks would differ."""
-    failure: BaseException | None = None
+@contextmanager
+def _outside_autograd() -> Iterator[None]:
+    """Tensors made within are ordinary ones, in whatever mode the caller is."""
+    with torch.inference_mode(mode=False), torch.no_grad():
+        yield
+
+
+def _end(jobs: queue.SimpleQueue[Job | None], thread: threading.Thread) -> None:
+    """End the thread after the moves it has; one left inside gloo would abort the interpreter."""
+    jobs.put(None)
+    if thread is not threading.current_thread():
+        thread.join(_LAST_MOMENTS_S)
+
+
+def _work(jobs: queue.SimpleQueue[Job | None], rank: int) -> None:
+    """Do the jobs that come. After one has failed no other is begun: ranks may be out of step."""
+    failure: CommError | None = None
     while (job := jobs.get()) is not None:
-        move, future = job
+        move, operation, future = job
         try:
             if failure is not None:
-                raise failure
-            with torch.no_grad():
+                raise failure.with_traceback(None)
+            with _outside_autograd():
                 result = move()
         except BaseException as error:
-            failure = error
             future.set_exception(error)
+            peers = error.peers if isinstance(error, CommError) else ()
+            failure = failure or CommError(
+                f"rank {rank}: not started, because an earlier {operation} failed: {error}",
+                peers=peers,
+            )
         else:
             future.set_result(result)
             del result

@@ -96,8 +96,9 @@ def send(
     splits = [piece.splits for piece in pieces]
     arriving = Arriving(take(sum(s.num_received for s in splits), form.width), [], splits)
     for piece, where in zip(pieces, arriving.slices, strict=True):
-        into = arriving.records_MW[where]
-        arriving.waits.append(hop.start(pack(piece), into, piece.splits, operation))
+        packed, into = pack(piece), arriving.records_MW[where]
+        wait = hop.start(packed, into, piece.splits, operation)
+        arriving.waits.append(_giving_back(packed, wait, take))
     return arriving, form
 
 
@@ -122,9 +123,20 @@ def forward(
         piece = plan(number, here.start, arriving.records_MW[here])
         packed = take(piece.splits.num_sent, width)
         torch.index_select(arriving.records_MW, 0, piece.rows_M, out=packed)
-        into = onward.records_MW[there]
-        onward.waits.append(hop.start(packed, into, piece.splits, operation))
+        wait = hop.start(packed, onward.records_MW[there], piece.splits, operation)
+        onward.waits.append(_giving_back(packed, wait, take))
+    take.give_back(arriving.records_MW)
     return onward
+
+
+def _giving_back(packed: Tensor, wait: Callable[[], None], take: Hold) -> Callable[[], None]:
+    """`wait`, after which what was sent from `packed` is gone."""
+
+    def finish() -> None:
+        wait()
+        take.give_back(packed)
+
+    return finish
 
 
 @dataclass(frozen=True)
@@ -172,15 +184,18 @@ def bring_back(
         there = piece.splits
         back = take(there.num_sent, form.width)
         reverse = Splits(there.received, there.sent)
-        return hops[number].start(packed, back, reverse, operation), back
+        wait = hops[number].start(packed, back, reverse, operation)
+        return _giving_back(packed, wait, take), back
 
     def arrive(number: int, piece: Piece, under_way: _UnderWay) -> list[Tensor]:
         wait, back = under_way
         wait()
-        return [
+        sums = [
             part.sum(piece, form.part(back, i), at_the_end=number == 0)
             for i, part in enumerate(parts)
         ]
+        take.give_back(back)
+        return sums
 
     last = len(hops) - 1
     ends = accumulate(piece.splits.num_received for piece in pieces[last])

@@ -13,7 +13,7 @@ from .packing import Bools, Floats, Ints, counts, doubles, least_share, loads, p
 
 # The fraction by which a swap must lower the heaviest load, and a change of copies: steps too small
 # to matter would keep the search going for long.
-_SWAP_GAIN, _COPY_GAIN = 1e-6, 1e-4
+SWAP_GAIN, COPY_GAIN = 1e-6, 1e-4
 # Shaking stops where the heaviest rank is this close to the lower bound: statistics of past load
 # foretell the next step's no better.
 _CLOSE = 1e-3
@@ -28,7 +28,7 @@ def solve(load_XE: Floats, num_slots: int, num_ranks: int) -> Ints:
     The heaviest rank is never heavier than from `replicate` without a limit and `pack`, the plain
     greedy way, since that is one of the starts. A problem's result does not depend on the others.
     """
-    # What `_reassign` looks at: C * p * R, and p * R = S.
+    # What `reassign_best` looks at: C * p * R, and p * R = S.
     num_redundant = min(num_slots, 2 * (num_slots - load_XE.shape[1]))
     step = max(1, _MOST_CANDIDATES // (_AT_ONCE * max(num_redundant, 1) * num_slots))
     parts = [
@@ -68,7 +68,7 @@ def _solve(load_XE: Floats, num_slots: int, num_ranks: int) -> Ints:
         found_XRP = improve(live_load_XE, np.concatenate(shaken))
         for offer_XRP in np.split(found_XRP, _AT_ONCE):
             best.offer(offer_XRP, live_X)
-    return _separate(load_XE, best.slots_XRP)
+    return best.slots_XRP
 
 
 class _Best:
@@ -142,12 +142,12 @@ def improve(load_XE: Floats, slots_XRP: Ints) -> Ints:
     slots_XRP = slots_XRP.copy()
     live_X = np.arange(len(slots_XRP))
     for _ in range(slots_XRP[0].size):
-        state = _State.of(load_XE[live_X], slots_XRP[live_X])
-        done_X = _swap(state)
+        state = Packings.of(load_XE[live_X], slots_XRP[live_X])
+        done_X = swap_best(state)
         stuck_X = np.flatnonzero(~done_X)
         if stuck_X.size:
             stuck = state.only(stuck_X)
-            done_X[stuck_X] = _reassign(stuck)
+            done_X[stuck_X] = reassign_best(stuck)
             state.slots_XRP[stuck_X] = stuck.slots_XRP
         slots_XRP[live_X] = state.slots_XRP
         live_X = live_X[done_X]
@@ -157,7 +157,7 @@ def improve(load_XE: Floats, slots_XRP: Ints) -> Ints:
 
 
 @dataclass
-class _State:
+class Packings:
     """Packings and what the search reads of them.
 
     Attributes:
@@ -175,7 +175,7 @@ class _State:
     peak_X: Floats
 
     @classmethod
-    def of(cls, load_XE: Floats, slots_XRP: Ints) -> _State:
+    def of(cls, load_XE: Floats, slots_XRP: Ints) -> Packings:
         num_problems, num_ranks, _ = slots_XRP.shape
         num_experts = load_XE.shape[1]
         of_rank = slots_XRP.reshape(num_problems * num_ranks, -1)
@@ -188,16 +188,20 @@ class _State:
             load_XE, slots_XRP, copies_XRE, count_XE, share_XE, load_XR, heavy_X, peak_X
         )  # fmt: skip
 
-    def only(self, which: Ints) -> _State:
-        return _State(
+    def only(self, which: Ints) -> Packings:
+        return Packings(
             self.load_XE[which], self.slots_XRP[which], self.copies_XRE[which],
             self.count_XE[which], self.share_XE[which], self.load_XR[which],
             self.heavy_X[which], self.peak_X[which],
         )  # fmt: skip
 
 
-def _swap(state: _State) -> Bools:
+def swap_best(state: Packings) -> Bools:
     """Do the best swap of a copy of the heaviest rank; whether there was one, [X].
+
+    A swap takes `less` from the heaviest rank, the difference of the two shares, and gives it to
+    the other rank. The best one leaves the heavier of these two lightest. Neither rank may have
+    the expert that it gets.
 
     Axes of the candidates: p is the slot of the heaviest rank, (R, P) the other slot.
     """
@@ -218,18 +222,25 @@ def _swap(state: _State) -> Bools:
     peak_XpRP[np.broadcast_to(here_XRP[:, None], peak_XpRP.shape)] = np.inf
     best_X = peak_XpRP.reshape(num_problems, -1).argmin(axis=1)
     p_X, rank_X, slot_X = np.unravel_index(best_X, (per_rank, num_ranks, per_rank))
-    done_X = peak_XpRP[every, p_X, rank_X, slot_X] < state.peak_X * (1 - _SWAP_GAIN)
+    done_X = peak_XpRP[every, p_X, rank_X, slot_X] < state.peak_X * (1 - SWAP_GAIN)
     x, p, rank, slot = every[done_X], p_X[done_X], rank_X[done_X], slot_X[done_X]
     slots_XRP[x, state.heavy_X[x], p] = slots_XRP[x, rank, slot]
     slots_XRP[x, rank, slot] = mine_Xp[x, p]
     return done_X
 
 
-def _reassign(state: _State) -> Bools:
+def reassign_best(state: Packings) -> Bools:
     """Give the best redundant slot to an expert of the heaviest rank; whether there was one, [X].
 
-    Axes of the candidates: C redundant slots, p the slot of the heaviest rank whose expert gains a
-    copy. Of the expert `old` that loses one, the other copies grow; of `new`, they shrink.
+    The slot is on rank r; its expert `old` loses a copy, so that its others grow, and `new` gains
+    one, so that all of its shrink. Then rank R has
+
+        load[R] + copies[R, old] * rise[old] + copies[R, new] * fall[new]
+
+    and rank r, besides, the shrunk copy of `new` for the grown one of `old` (`own`). The best
+    change leaves the heaviest of the ranks that it touches lightest. Rank r may not have `new`.
+
+    Axes of the candidates: C redundant slots, p the heaviest rank's slots, one of which has `new`.
     """
     slots_XRP, num_problems = state.slots_XRP, len(state.slots_XRP)
     num_ranks, per_rank = slots_XRP.shape[1:]
@@ -267,33 +278,8 @@ def _reassign(state: _State) -> Bools:
     peak_XCp[has_XCp | ~np.take_along_axis(spare_XS, spot_XC, 1)[:, :, None]] = np.inf
     best_X = peak_XCp.reshape(num_problems, -1).argmin(axis=1)
     c_X, p_X = np.unravel_index(best_X, (num_spare, per_rank))
-    done_X = peak_XCp[every, c_X, p_X] < state.peak_X * (1 - _COPY_GAIN)
+    done_X = peak_XCp[every, c_X, p_X] < state.peak_X * (1 - COPY_GAIN)
     x = every[done_X]
     slots_XS[x, spot_XC[x, c_X[x]]] = new_Xp[x, p_X[x]]
     state.slots_XRP = slots_XS.reshape(num_problems, num_ranks, per_rank)
     return done_X
-
-
-def _separate(load_XE: Floats, slots_XRP: Ints) -> Ints:
-    """Swap doubles, a rank's second copies of an expert, away where no rank gets too heavy.
-
-    Too heavy is above the heaviest so far. What cannot go, stays.
-    """
-    slots_XRP = slots_XRP.copy()
-    for x in np.flatnonzero(doubles(slots_XRP)):
-        state = _State.of(load_XE[x : x + 1], slots_XRP[x : x + 1])
-        slots_RP, share_E, peak = slots_XRP[x], state.share_XE[0], state.peak_X[0]
-        for rank, row_P in enumerate(slots_RP):
-            for slot, expert in enumerate(row_P):
-                if expert not in row_P[:slot]:
-                    continue
-                # Both ranks after each swap; the swap's own rank is ruled out, as it has `expert`.
-                less_RP = share_E[expert] - share_E[slots_RP]
-                load_R = share_E[slots_RP].sum(axis=1)
-                peak_RP = np.maximum(load_R[rank] - less_RP, load_R[:, None] + less_RP)
-                peak_RP[(slots_RP == expert).any(axis=1)] = np.inf
-                peak_RP[np.isin(slots_RP, row_P)] = np.inf
-                to = np.unravel_index(peak_RP.argmin(), peak_RP.shape)
-                if peak_RP[to] <= peak:
-                    slots_RP[rank, slot], slots_RP[to] = slots_RP[to], expert
-    return slots_XRP

@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .sizes import record_starts
+
 
 @dataclass(frozen=True)
 class RecordFormat:
@@ -26,25 +28,16 @@ class RecordFormat:
         return cls(tuple((part.dtype, part.shape[1]) for part in parts))
 
     @cached_property
-    def _starts(self) -> tuple[int, ...]:
-        starts, end = [], 0
-        for dtype, columns in self.parts:
-            start = _round_up(end, dtype.itemsize)
-            starts.append(start)
-            end = start + columns * dtype.itemsize
-        return (*starts, end)
+    def _starts(self) -> list[int]:
+        return record_starts([(dtype.itemsize, columns) for dtype, columns in self.parts])
 
-    @cached_property
+    @property
     def width(self) -> int:
         """Bytes of a record."""
-        return _round_up(self._starts[-1], max(dtype.itemsize for dtype, _ in self.parts))
+        return self._starts[-1]
 
     def part(self, records: Tensor, index: int) -> Tensor:
         """Part `index` of records [M, width] uint8: a view [M, columns] of its dtype."""
         dtype, columns = self.parts[index]
         start = self._starts[index]
         return records[:, start : start + columns * dtype.itemsize].view(dtype)
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple

@@ -8,18 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .census import LENGTH, Census
 from .grid import NodeGrid
+from .host import to_device
 from .layout import ExpertLayout
-from .pieces import Splits, wanted
-
-# Fewer tokens than this make no piece of their own: a message's latency would outweigh what
-# forwarding it early gains.
-TOKENS_A_PIECE = 256
+from .pieces import Splits
+from .sizes import num_pieces
 
 
 class SlotTables:
@@ -30,11 +28,18 @@ class SlotTables:
     Attributes:
         rank_P1: the ep rank of each slot, as its place in the grid's order.
         node_P1, index_P1: the grid's node and in-node index of each slot.
+        host_P1: the node that each slot is on, whether the grid minds it or not, from 0 up.
+        order_R: the grid's order of ep ranks.
+
+    Args:
+        nodes: the node of each ep rank.
     """
 
-    def __init__(self, layout: ExpertLayout, grid: NodeGrid, device: torch.device) -> None:
-        def table(values: list[int], last: int) -> Tensor:
-            return torch.tensor([*values, last], device=device)
+    def __init__(
+        self, layout: ExpertLayout, grid: NodeGrid, nodes: Sequence[int], device: torch.device
+    ) -> None:
+        def table(values: Sequence[int], last: int) -> Tensor:
+            return to_device([*values, last], device)
 
         place = {rank: p for p, rank in enumerate(grid.order)}
         places = [place[layout.rank_of(slot)] for slot in range(layout.num_slots)]
@@ -42,12 +47,17 @@ class SlotTables:
         self.rank_P1 = table(places, grid.num_ranks)
         self.node_P1 = table([p // width for p in places], grid.num_nodes)
         self.index_P1 = table([p % width for p in places], width)
+        hosts = {node: n for n, node in enumerate(dict.fromkeys(nodes))}
+        self.num_hosts = len(hosts)
+        of_slot = [hosts[nodes[layout.rank_of(slot)]] for slot in range(layout.num_slots)]
+        self.host_P1 = table(of_slot, self.num_hosts)
+        self.order_R = to_device(grid.order, device)
         self._num_experts = layout.num_experts
         self._simple = layout.is_contiguous
         if not self._simple:
             most = max(map(len, layout.copies))
             padded = [c + (c[0],) * (most - len(c)) for c in layout.copies]
-            self._copies_E1 = torch.tensor([*padded, (-1,) * most], device=device)
+            self._copies_E1 = to_device([*padded, (-1,) * most], device)
             self._num_copies_E1 = table([len(c) for c in layout.copies], 1)
 
     def slots(self, experts_TK: Tensor, source: int) -> Tensor:
@@ -63,39 +73,6 @@ class SlotTables:
         turn_T1 = torch.arange(len(experts_TK), device=experts_TK.device).unsqueeze(1) + source
         copy_TK = turn_T1 % self._num_copies_E1[experts_TK]
         return self._copies_E1[experts_TK, copy_TK]
-
-
-class Census(NamedTuple):
-    """What a rank says of its own tokens.
-
-    Attributes:
-        num_tokens: T.
-        low, high: lowest and highest index in experts_TK; 0 and -1 without any.
-        most_nodes: the most nodes that a token of it reaches, or 0 where nobody asked.
-    """
-
-    num_tokens: int
-    low: int
-    high: int
-    most_nodes: int
-
-
-def take_census(
-    experts_TK: Tensor, slots_TK: Tensor, node_P1: Tensor | None, num_nodes: int
-) -> Tensor:
-    """This rank's `Census`, [4] int64 on the device.
-
-    Args:
-        node_P1: the node of each slot, or None where nodes need not be counted.
-    """
-    device = experts_TK.device
-    low, high = torch.tensor(0, device=device), torch.tensor(-1, device=device)
-    most = torch.tensor(0, device=device)
-    if experts_TK.numel():
-        low, high = experts_TK.aminmax()
-        if node_P1 is not None:
-            most = wanted(node_P1[slots_TK], num_nodes).sum(dim=1).max()
-    return torch.stack([torch.tensor(len(experts_TK), device=device), low, high, most])
 
 
 def piece_bounds(num_rows: int, num_pieces: int) -> list[int]:
@@ -159,16 +136,22 @@ class Plan:
             self.arrival = sorted(self.arrival)
 
     def lines(
-        self, census: Tensor, first_CG: Tensor, final_CR: Tensor, entries_P: Tensor
+        self,
+        census: Tensor,
+        first_CG: Tensor,
+        final_CR: Tensor,
+        entries_P: Tensor,
+        tables: SlotTables,
     ) -> Tensor:
         """What this rank tells each ep rank: [R, length] int64.
 
         Args:
-            census: [4].
+            census: of this rank, [LENGTH].
             first_CG: records by piece and destination of the first hop: a node where there are two
                 hops, otherwise a rank.
             final_CR: records by piece and final rank, in the grid's order.
             entries_P: entries by slot.
+            tables: of this grid.
         """
         grid, pieces = self._grid, self.num_pieces
         width = grid.ranks_per_node
@@ -182,8 +165,7 @@ class Plan:
             parts.append(final_CR.t())
         lines = torch.cat(parts, dim=1)
         if grid.order != tuple(range(ranks)):
-            order = torch.tensor(grid.order, device=lines.device)
-            lines = torch.empty_like(lines).index_copy_(0, order, lines)
+            lines = torch.empty_like(lines).index_copy_(0, tables.order_R, lines)
         return torch.cat([lines, entries_P.view(ranks, -1)], dim=1).contiguous()
 
     def read(self, told: Tensor, first_CG: Tensor) -> Counts:
@@ -194,16 +176,16 @@ class Plan:
             first_CG: this rank's own, on the CPU.
         """
         grid, pieces, width = self._grid, self.num_pieces, self._grid.ranks_per_node
-        census = [Census(*line) for line in told[:, :4].tolist()]
+        ranks = [Census.read(line) for line in told[:, :LENGTH].tolist()]
         entries = told[:, -self._slots_per_rank :].sum(dim=0).tolist()
-        first_RC = told[:, 4 : 4 + pieces]
+        first_RC = told[:, LENGTH : LENGTH + pieces]
         if self.two_hops:
-            final_RCg = told[:, 4 + pieces : 4 + pieces + pieces * width].view(-1, pieces, width)
+            begin = LENGTH + pieces
+            final_RCg = told[:, begin : begin + pieces * width].view(-1, pieces, width)
             from_source_RC = final_RCg[:, :, self._index]
         else:
             final_RCg, from_source_RC = None, first_RC
-        most = max(rank.num_tokens for rank in census)
-        if pieces > 1 and most // pieces < TOKENS_A_PIECE:
+        if num_pieces(max(rank.num_tokens for rank in ranks), pieces) < pieces:
             first_RC, first_CG = first_RC.sum(1, keepdim=True), first_CG.sum(0, keepdim=True)
             from_source_RC = from_source_RC.sum(1, keepdim=True)
             final_RCg = None if final_RCg is None else final_RCg.sum(1, keepdim=True)
@@ -216,7 +198,7 @@ class Plan:
             received_Cg = on_rail_gnCg[..., self._index].sum(dim=1).t()
             mine = first_RC[rails[self._index]].t()
             hops = [_splits(first_CG, mine), _splits(sent_Cg, received_Cg)]
-        return Counts(hops, entries, from_source_RC.t().tolist(), census)
+        return Counts(hops, entries, from_source_RC.t().tolist(), ranks)
 
 
 def _splits(sent_CG: Tensor, received_CG: Tensor) -> list[Splits]:
@@ -224,30 +206,3 @@ def _splits(sent_CG: Tensor, received_CG: Tensor) -> list[Splits]:
         Splits(sent, received)
         for sent, received in zip(sent_CG.tolist(), received_CG.tolist(), strict=True)
     ]
-
-
-def check_census(
-    told: Sequence[Census], ranks: Sequence[int], num_experts: int, node_limit: int | None
-) -> None:
-    """Refuse what any rank has wrong; all ranks see the same and so refuse together.
-
-    Args:
-        told: by ep rank.
-        ranks: their global ranks, to name.
-
-    Raises:
-        ValueError: an expert's index out of range, or a token that reaches too many nodes.
-    """
-    for rank, census in zip(ranks, told, strict=True):
-        if census.low < -1 or census.high >= num_experts:
-            raise ValueError(
-                f"experts_TK of rank {rank} holds experts {census.low}..{census.high}, but this "
-                f"dispatcher has {num_experts}: 0..{num_experts - 1}, or -1 for none"
-            )
-    for rank, census in zip(ranks, told, strict=True):
-        if node_limit is not None and census.most_nodes > node_limit:
-            raise ValueError(
-                f"a token of rank {rank} goes to {census.most_nodes} nodes, but node_limit is "
-                f"{node_limit}: the router's groups must each lie within a node, and a token "
-                f"choose from {node_limit} of them at most"
-            )

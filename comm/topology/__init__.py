@@ -8,7 +8,7 @@ Imports no torch and no optional library by itself.
 from .gpus import Gpu, GpuFacts, device_of_rank, find_gpus
 from .nics import NearestNics, Nic, find_nics, nearest_nics
 from .pci import PciPlace, pci_place
-from .place import ProcessPlace, place_of_process
+from .place import ProcessPlace, place_of_process, rank_told
 from .spread import (
     GroupSpread,
     order_by_node,
@@ -38,6 +38,7 @@ __all__ = [
     "order_by_node",
     "pci_place",
     "place_of_process",
+    "rank_told",
     "require_node_limit",
     "spread_of_groups",
     "this_machine",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, TypeVar
@@ -49,12 +49,14 @@ class GpuFacts:
         driver: its version, such as "570.86.15".
         cuda: the newest version of CUDA that the driver takes, such as "12.8".
         reason: why there is nothing, "" where NVML answered.
+        no_driver: whether the reason is that this machine has no driver, and so no GPU to use.
     """
 
     gpus: tuple[Gpu, ...] = ()
     driver: str | None = None
     cuda: str | None = None
     reason: str = ""
+    no_driver: bool = False
 
 
 def find_gpus() -> GpuFacts:
@@ -80,7 +82,9 @@ def facts_by_nvml(nvml: Any) -> GpuFacts:
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
-        return GpuFacts(reason=f"no NVIDIA driver answers: {error}")
+        absent = (nvml.NVML_ERROR_LIBRARY_NOT_FOUND, nvml.NVML_ERROR_DRIVER_NOT_LOADED)
+        reason = f"no NVIDIA driver answers: {error}"
+        return GpuFacts(reason=reason, no_driver=error.value in absent)
     try:
         gpus = tuple(_gpu(nvml, index) for index in range(nvml.nvmlDeviceGetCount()))
         cuda = nvml.nvmlSystemGetCudaDriverVersion()  # 12080 is 12.8
@@ -90,29 +94,44 @@ def facts_by_nvml(nvml: Any) -> GpuFacts:
         nvml.nvmlShutdown()
 
 
-def device_of_rank(local_rank: int | None, gpus: Sequence[Gpu], visible: str | None) -> Gpu | None:
-    """The GPU of a rank that takes the one of its in-node index, as CUDA numbers them.
+def device_of_rank(local_rank: int | None, facts: GpuFacts, visible: str | None) -> str:
+    """What a rank computes on that takes the GPU of its in-node index, in a few words.
+
+    GPUs are counted as NVML does, by PCI address. CUDA does so with CUDA_DEVICE_ORDER=PCI_BUS_ID;
+    by default it puts the fastest first, which differs on machines with several kinds of GPUs.
 
     Args:
         local_rank: the in-node index, None if unknown.
-        gpus: of the machine, by index.
+        facts: the GPUs of the machine.
         visible: CUDA_VISIBLE_DEVICES, None if not set: indices, or beginnings of UUIDs. Where it
             leaves one GPU, as launchers that bind GPUs to processes do, that is the rank's.
 
     Returns:
-        None if there is none.
+        "GPU 3: its name"; "CPU" where there is no GPU or no driver; else "unknown: " and why.
     """
-    names = [str(gpu.index) for gpu in gpus] if visible is None else visible.split(",")
+    if facts.no_driver or not (facts.gpus or facts.reason):
+        return "CPU"
+    if facts.reason:
+        return f"unknown: {facts.reason}"
+    names = [str(gpu.index) for gpu in facts.gpus] if visible is None else visible.split(",")
     seen: list[Gpu] = []
     for name in map(str.strip, names):
         alike = [
-            gpu for gpu in gpus if name == str(gpu.index) or (name and gpu.uuid.startswith(name))
+            gpu
+            for gpu in facts.gpus
+            if name == str(gpu.index) or (name and gpu.uuid.startswith(name))
         ]
         if not alike:
             break  # as CUDA does: what comes after a wrong one is not seen
         seen.append(alike[0])
+    if not seen:
+        return f"unknown: CUDA_VISIBLE_DEVICES={visible!r} names no GPU that NVML tells of"
     place = 0 if visible is not None and len(names) == 1 else local_rank
-    return seen[place] if place is not None and place < len(seen) else None
+    if place is None:
+        return "unknown: the in-node index is not told"
+    if place >= len(seen):
+        return f"unknown: in-node index {place}, but CUDA sees {len(seen)} of the GPUs"
+    return f"GPU {seen[place].index}: {seen[place].name}"
 
 
 def _gpu(nvml: Any, index: int) -> Gpu:

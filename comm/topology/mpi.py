@@ -18,47 +18,47 @@ T = TypeVar("T")
 _LOOK_S = 0.005
 
 
-def load_mpi(world_size: int) -> Any:
+def load_mpi(rank: int, world_size: int) -> Any:
     """The module mpi4py.MPI.
 
     Args:
-        world_size: processes that MPI's launcher says it started, for the error.
+        rank, world_size: of this process, by the environment that MPI's launcher made.
 
     Raises:
-        ValueError: it cannot be imported.
+        ValueError: it cannot be imported, or is bound to another MPI.
     """
     try:
-        return import_module("mpi4py.MPI")
+        mpi = import_module("mpi4py.MPI")
     except Exception as error:  # a library that is missing, or bound to an MPI that is
         raise ValueError(
             f"MPI started this process as one of {world_size}, but mpi4py, which tells which of "
             f"them share a node, cannot be imported ({type(error).__name__}: {error}); install "
             "mpi4py for this MPI (pip install mpi4py), or start through torchrun or srun"
         ) from error
+    world = mpi.COMM_WORLD
+    if (world.rank, world.size) != (rank, world_size):
+        library = " ".join(mpi.Get_library_version().split()[:3])
+        raise ValueError(
+            f"MPI started this process as rank {rank} of {world_size}, but in mpi4py it is rank "
+            f"{world.rank} of {world.size}: mpi4py is bound to another MPI ({library}) than the "
+            "mpirun that started it; use that MPI's mpirun, or install mpi4py for this one"
+        )
+    return mpi
 
 
-def place_in_mpi(mpi: Any, *, told: tuple[int, int], timeout_s: float) -> ProcessPlace:
+def place_in_mpi(mpi: Any, *, timeout_s: float) -> ProcessPlace:
     """The place of this process in MPI.COMM_WORLD; a collective of it.
 
     Nodes are numbered by their lowest rank.
 
     Args:
         mpi: the module mpi4py.MPI.
-        told: this process's rank and the number of processes by the launcher's environment.
         timeout_s: limit of the wait for the other processes, seconds.
 
     Raises:
-        ValueError: MPI sees other processes than the launcher says it started.
         CommError: the others did not answer within the limit.
     """
     world = mpi.COMM_WORLD
-    if (world.rank, world.size) != told:
-        library = " ".join(mpi.Get_library_version().split()[:3])
-        raise ValueError(
-            f"MPI started this process as rank {told[0]} of {told[1]}, but in mpi4py it is rank "
-            f"{world.rank} of {world.size}: mpi4py is bound to another MPI ({library}) than the "
-            "mpirun that started it; use that MPI's mpirun, or install mpi4py for this one"
-        )
     _await_all(mpi, "tell which of them share a node", timeout_s)
     shared = world.Split_type(mpi.COMM_TYPE_SHARED, key=world.rank)
     try:

@@ -20,6 +20,8 @@ _MPI_VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("PMI_RANK", "PMI_SIZE"),
 )
+_SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+_RANK_VARIABLES = (("RANK", "WORLD_SIZE"), *_MPI_VARIABLES, _SLURM_VARIABLES)
 # What only mpirun sets: Open MPI's, and that of MPICH's family.
 _MPIRUN_ONLY = ("OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 
@@ -35,6 +37,7 @@ class ProcessPlace:
         local_rank, local_world_size: among the processes of its node.
         source: who told: "torchrun"; "environment" for another launcher that sets RANK and
             WORLD_SIZE; "mpi"; "slurm"; "alone" where nobody did, which is one process.
+        problem: why MPI could not be asked for the node, "" where nothing was in the way.
     """
 
     rank: int
@@ -43,6 +46,7 @@ class ProcessPlace:
     local_rank: int | None
     local_world_size: int | None
     source: Source
+    problem: str = ""
 
 
 def place_of_process(
@@ -51,15 +55,15 @@ def place_of_process(
     """The place of this process.
 
     Under MPI a collective of all processes that MPI started, through mpi4py, which initialises MPI
-    if that has not been done. Otherwise nothing but the environment is read.
+    if that has not been done; without an mpi4py of this MPI the node stays unknown, and `problem`
+    says why. Otherwise nothing but the environment is read.
 
     Args:
         environ: the environment.
         timeout_s: under MPI, limit of the wait for the other processes, seconds.
 
     Raises:
-        ValueError: a variable is no number or does not fit the others; or MPI started several
-            processes, and mpi4py is missing or bound to another MPI.
+        ValueError: a variable is no number or does not fit the others.
         CommError: other processes that MPI started did not answer within the limit.
     """
     if environ.get("RANK") and environ.get("WORLD_SIZE"):
@@ -74,7 +78,20 @@ def place_of_process(
         return ProcessPlace(0, 1, 0, 0, 1, "mpi")
     from .mpi import load_mpi, place_in_mpi
 
-    return place_in_mpi(load_mpi(mpi[1]), told=mpi, timeout_s=timeout_s)
+    try:
+        module = load_mpi(*mpi)
+    except ValueError as error:
+        return ProcessPlace(*mpi, None, None, None, "mpi", str(error))
+    return place_in_mpi(module, timeout_s=timeout_s)
+
+
+def rank_told(environ: Mapping[str, str] = os.environ) -> int | None:
+    """The rank that a launcher gave to this process, if that much makes sense of its variables."""
+    for rank_name, size_name in _RANK_VARIABLES:
+        rank, size = environ.get(rank_name, ""), environ.get(size_name, "")
+        if rank.isdecimal() and size.isdecimal() and int(rank) < int(size):
+            return int(rank)
+    return None
 
 
 def _told_by_torchrun(environ: Mapping[str, str]) -> ProcessPlace:
@@ -121,11 +138,17 @@ def _told_by_slurm(environ: Mapping[str, str]) -> ProcessPlace | None:
     SLURM_STEP_NUM_TASKS. SLURM_NODEID keeps its meaning where --distribution=arbitrary has put the
     ranks in another order than the nodes.
     """
-    size = _number(environ, "SLURM_STEP_NUM_TASKS", 1)
-    if size is None or not environ.get("SLURM_PROCID"):
+    rank_name, size_name = _SLURM_VARIABLES
+    size = _number(environ, size_name, 1)
+    rank = _number(environ, rank_name, 0)
+    if size is None or rank is None:
         return None
-    rank = _number(environ, "SLURM_PROCID", 0, size)
-    assert rank is not None
+    if rank >= size:
+        raise ValueError(
+            f"the environment's {rank_name}={rank} is beyond {size_name}={size}, as in a "
+            "heterogeneous Slurm step, which is not understood; start through torchrun, or set "
+            "RANK and WORLD_SIZE for each process"
+        )
     node = _number(environ, "SLURM_NODEID", 0)
     per_node = None
     told = environ.get("SLURM_STEP_TASKS_PER_NODE")
@@ -153,7 +176,8 @@ def tasks_per_node(text: str) -> list[int]:
         found = re.fullmatch(r"([0-9]+)(?:\(x([0-9]+)\))?", part.strip())
         if found is None:
             raise ValueError(
-                f"{text!r} is no list of tasks per node as Slurm writes it, such as '4(x2),3'"
+                f"SLURM_STEP_TASKS_PER_NODE={text!r} is no list of tasks per node as Slurm writes "
+                "it, such as '4(x2),3'"
             )
         counts += [int(found[1])] * int(found[2] or 1)
     return counts

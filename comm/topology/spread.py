@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .world import listed
+
 if TYPE_CHECKING:
     from ..dispatch.layout import ExpertLayout
 
@@ -74,16 +76,16 @@ def why_spread(groups: Sequence[Sequence[int]], nodes: Sequence[int]) -> str | N
     if better < sum(len(group.nodes) for group in spread):
         remedy = (
             "start the ranks node by node (torchrun with --node-rank and a static rendezvous, srun "
-            f"--distribution=block), in the order {_shown(order)} of the present ranks"
+            f"--distribution=block), in the order {listed(order, 64)} of the present ranks"
         )
     else:
         remedy = (
             "choose mesh.ep and the processes per node so that one is a multiple of the other "
-            f"(there are {_shown(list(Counter(nodes).values()))} ranks on the nodes)"
+            f"(there are {listed(list(Counter(nodes).values()))} ranks on the nodes)"
         )
     return (
         f"{len(wide)} of {len(spread)} expert groups lie on more nodes than they need: ranks "
-        f"{_shown(worst.ranks)} on {len(worst.nodes)} nodes ({_shown(worst.nodes)}) instead of "
+        f"{listed(worst.ranks)} on {len(worst.nodes)} nodes ({listed(worst.nodes)}) instead of "
         f"{worst.fewest}, so more tokens cross between nodes; {remedy}"
     )
 
@@ -136,7 +138,7 @@ def require_node_limit(
             size = layout.num_experts // num_groups
             raise ValueError(
                 f"the experts of the router's group {group} of {num_groups} (experts "
-                f"{group * size}..{(group + 1) * size - 1}) lie on nodes {_shown(on)}, so a token "
+                f"{group * size}..{(group + 1) * size - 1}) lie on nodes {listed(on)}, so a token "
                 f"that is limited to {limit} groups can reach more than {limit} of the "
                 f"{num_nodes} nodes; give a layout that keeps each group on one node, choose "
                 "n_group and the expert-parallel ranks so that every node has whole groups, or "
@@ -163,7 +165,3 @@ def _fewest(count: int, sizes: Sequence[int]) -> int:
         if held >= count:
             return taken
     raise AssertionError("a group has no more ranks than the world")
-
-
-def _shown(items: Sequence[int], limit: int = 16) -> str:
-    return ", ".join(map(str, items[:limit])) + (", ..." if len(items) > limit else "")

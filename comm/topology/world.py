@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Hashable, Mapping, Sequence
@@ -14,7 +15,7 @@ from .place import ProcessPlace, place_of_process
 if TYPE_CHECKING:
     from ..waiting import WaitBoard
 
-_SHOWN = 8  # of anything listed in a note
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Topology:
         local_ranks: each rank's index within its node.
         seats: what each rank told.
         notes: a sentence for each thing that is odd: a launcher that disagrees with the hosts,
-            nodes of unequal size.
+            nodes of unequal size, an MPI that could not be asked.
     """
 
     nodes: tuple[int, ...]
@@ -113,6 +114,9 @@ def gather_topology(
 ) -> Topology:
     """The topology of torch.distributed's world; a collective of all its ranks.
 
+    Where MPI started the ranks and could not be asked, hosts are taken for nodes, and rank 0 logs a
+    warning that says why.
+
     Args:
         environ: this process's environment.
         device: what this rank is to compute on, for the reader.
@@ -140,7 +144,16 @@ def gather_topology(
             raise seat
         if isinstance(seat, Exception):
             raise ValueError(f"rank {rank} does not know its node: {seat}")
-    return Topology.of([seat for seat in told if isinstance(seat, Seat)])
+    seats = [seat for seat in told if isinstance(seat, Seat)]
+    if dist.get_rank() == 0:
+        for note in _problems(seats):
+            _log.warning("%s", note)
+    return Topology.of(seats)
+
+
+def listed(items: Sequence[object], most: int = 8) -> str:
+    """Items for a sentence: the first ones, and dots for the rest."""
+    return ", ".join(map(str, items[:most])) + (", ..." if len(items) > most else "")
 
 
 def _is_alone(seat: Seat, world_size: int) -> bool:
@@ -167,7 +180,18 @@ def _odd_sources(seats: Sequence[Seat], *, by_host: bool) -> list[str]:
     sources = list(dict.fromkeys(seat.place.source for seat in seats))
     if len(sources) > 1:
         notes.append(f"the ranks know their places by different launchers: {', '.join(sources)}")
-    return notes
+    return notes + _problems(seats)
+
+
+def _problems(seats: Sequence[Seat]) -> list[str]:
+    """What kept ranks from asking MPI, by the first of them."""
+    for rank, seat in enumerate(seats):
+        if seat.place.problem:
+            return [
+                f"rank {rank} cannot ask MPI for its node, so the ranks of a host are a node (give "
+                f"Mesh.create(nodes=...) if that is wrong): {seat.place.problem}"
+            ]
+    return []
 
 
 def _odd_hosts(nodes: Sequence[int], seats: Sequence[Seat]) -> list[str]:
@@ -181,14 +205,14 @@ def _odd_hosts(nodes: Sequence[int], seats: Sequence[Seat]) -> list[str]:
     for machine, on in nodes_on.items():
         if len(on) > 1:
             notes.append(
-                f"nodes {_listed(sorted(on))} are all on host {machine.host}: the launcher's nodes "
+                f"nodes {listed(sorted(on))} are all on host {machine.host}: the launcher's nodes "
                 "are followed, but nothing between them crosses a network"
             )
     for node in sorted(set(nodes)):
         first = seats[nodes.index(node)].machine
         others = [m for m, on in nodes_on.items() if node in on and m.surely_differs(first)]
         if others:
-            hosts = _listed([m.host for m in [first, *others]])
+            hosts = listed([m.host for m in [first, *others]])
             notes.append(
                 f"node {node} has ranks on different hosts ({hosts}): the launcher's node is "
                 "followed, but what stays inside it crosses a network; start one node per host"
@@ -202,10 +226,5 @@ def _uneven_nodes(nodes: Sequence[int]) -> list[str]:
         on[node] = on.get(node, 0) + 1
     if len(set(on.values())) <= 1:
         return []
-    sizes = _listed([f"{count} on node {node}" for node, count in sorted(on.items())])
+    sizes = listed([f"{count} on node {node}" for node, count in sorted(on.items())])
     return [f"nodes have different numbers of ranks: {sizes}"]
-
-
-def _listed(items: Sequence[object]) -> str:
-    rest = ", ..." if len(items) > _SHOWN else ""
-    return ", ".join(map(str, items[:_SHOWN])) + rest

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from counterflow.comm import dispatcher
-from counterflow.comm.dispatch.deep_ep_versions import GROUP_LIMITED_SMS
+from counterflow.comm.dispatch.deep_ep_versions import DEFAULT_SMS
 from counterflow.parallel.mesh import Mesh, MeshShape
 from tests import cases_deep_ep as cases
+from tests import cases_deep_ep_refusals as refusals
 from tests import cases_fake_deep_ep as fake_cases
 from tests import fake_deep_ep
 from tests.ranks import RankError, RankPool
@@ -28,6 +29,7 @@ SIGNATURES = {
     "Buffer.capture": "",
     "Buffer.get_dispatch_config": "num_ranks",
     "Buffer.get_combine_config": "num_ranks",
+    "Buffer.is_sm90_compiled": "",
     "Buffer.get_dispatch_layout": "self, topk_idx, num_experts, previous_event=None, "
     "async_finish=False, allocate_on_comm_stream=False",
     "Buffer.dispatch": "self, x, handle=None, num_tokens_per_rank=None, "
@@ -79,6 +81,7 @@ V1_REFUSALS = {
     "strided": "contiguous",
     "double": "topk_weights must be float32",
     "small": "the buffer is too small",
+    "small to combine": "the buffer is too small",
     "other routing": "the layout is of another routing",
     "early": "True",
     "late": "True",
@@ -89,6 +92,8 @@ V1_REFUSALS = {
 V2_REFUSALS = {
     "unsorted": "sorted only once the event",
     "SMs": "SM count",
+    "width": "another width or format",
+    "format": "another width or format",
     "narrow": "256",
     "twice": "names an expert twice",
     "limits": "the ranks disagree",
@@ -191,6 +196,77 @@ def test_a_buffer_grows_with_the_tokens_and_old_handles_still_serve(ranks: RankP
         ]
 
 
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_a_handle_refuses_rows_of_another_width_and_still_serves(
+    ranks: RankPool, version: str
+) -> None:
+    for said in ranks.run(refusals.width, world=2, version=version):
+        moves = "dispatch(F)", "combine(F)", "combine(B)", "dispatch(B)"
+        for text, move in zip(said, moves, strict=True):
+            assert text.startswith(f"{move}: rows have 512 columns, but this handle's first dispat")
+            assert "had 256" in text
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ("to all", 6),
+        ("differently", 14),  # the most that a rank needs
+        ("not to rank 1", 6),
+        ("to none", DEFAULT_SMS),
+        ("to none over nodes", DEFAULT_SMS),
+        ("not beyond nodes", DEFAULT_SMS),
+    ],
+)
+def test_all_ranks_use_one_number_of_sms_whatever_they_know_of_their_links(
+    ranks: RankPool, known: str, expected: int
+) -> None:
+    assert ranks.run(cases.sms, world=4, known=known) == [[expected] * 2] * 4
+
+
+def test_v2_gets_a_buffer_for_these_sizes_and_the_limit_of_waits(ranks: RankPool) -> None:
+    for (made,) in ranks.run(cases.room, world=4, version="v2"):
+        assert made == {
+            "hidden": cases.H,
+            "num_topk": cases.E,
+            "use_fp8_dispatch": False,
+            "num_max_tokens_per_rank": 960,
+            "deterministic": True,
+            "num_cpu_timeout_secs": 42,
+            "num_gpu_timeout_secs": 42,
+        }
+
+
+def test_v1_gets_a_buffer_for_both_its_configurations(ranks: RankPool) -> None:
+    dispatch, combine = cases.v1_room(world=4)
+    assert combine[0] > dispatch[0]
+    assert dispatch[1] > combine[1]
+    for (made,) in ranks.run(cases.room, world=4, version="v1 over nodes"):
+        assert made == {"num_nvl_bytes": combine[0], "num_rdma_bytes": dispatch[1]}
+
+
+def test_errors_of_deep_ep_itself_name_ranks_and_operation(ranks: RankPool) -> None:
+    for rank, found in enumerate(ranks.run(refusals.library_fails, world=4)):
+        others = tuple(r for r in range(4) if r != rank)
+        names = ", ".join(map(str, others))
+        expected = {
+            "PCIe": ("dispatch(F)", "FakeAssertionError: PCIe cards have NVLink in pairs only"),
+            "another": ("dispatch(F)", "KeyError: 'one\\ntwo'"),
+            "close": ("close", "AssertionError"),
+        }
+        assert found.keys() == {*expected, "setting"}
+        for what, (operation, reason) in expected.items():
+            assert found[what] == (
+                "CommError",
+                f"rank {rank}: {operation} with ranks {names} failed in DeepEP "
+                f"(V2 ElasticBuffer): {reason}",
+                others,
+            )
+        kind, said, _ = found["setting"]
+        assert kind == "ValueError"
+        assert "fill_uninitialized_memory = False" in said
+
+
 @pytest.mark.parametrize("version", ["v1 over nodes", "v2 over nodes"])
 def test_bytes_count_a_token_once_for_each_node(ranks: RankPool, version: str) -> None:
     for counted, expected in ranks.run(cases.bytes_sent, world=4, version=version):
@@ -200,13 +276,13 @@ def test_bytes_count_a_token_once_for_each_node(ranks: RankPool, version: str) -
 def test_a_node_limit_is_kept_and_sets_the_sms(ranks: RankPool) -> None:
     for free, bound, said in ranks.run(cases.node_limit, world=4):
         # V2's own estimate is for balanced routing only, which a limit is not.
-        assert (free, bound) == (6, GROUP_LIMITED_SMS)
+        assert (free, bound) == (6, DEFAULT_SMS)
         assert "node_limit is 1" in said
 
 
 @pytest.mark.parametrize("version", ["v1 over nodes", "v2"])
 def test_what_deep_ep_does_not_take_is_refused_with_a_remedy(ranks: RankPool, version: str) -> None:
-    for said in ranks.run(cases.refusals, world=4, version=version):
+    for said in ranks.run(refusals.refusals, world=4, version=version):
         expected = [
             "x_TD is torch.float32, but DeepEP moves bfloat16",
             "takes multiples of 256",
@@ -214,8 +290,8 @@ def test_what_deep_ep_does_not_take_is_refused_with_a_remedy(ranks: RankPool, ve
             "at most 32 experts a token",
             "experts_TK of rank 1 holds experts -1..8",
             "a token of rank 1 names one expert twice",
-            "combine: rows_ND is torch.float32",
-            "DeepEP's kernels run on a GPU",
+            "combine(F): rows_ND is torch.float32",
+            "experts_TK is on meta, but DeepEP's kernels run on a GPU",
         ]
         for text, wanted in zip(said, expected, strict=True):
             assert wanted in text
@@ -223,10 +299,19 @@ def test_what_deep_ep_does_not_take_is_refused_with_a_remedy(ranks: RankPool, ve
 
 
 def test_an_unfit_mesh_or_setting_is_named(ranks: RankPool) -> None:
-    for said in ranks.run(cases.obstacles, world=3):
+    for said in ranks.run(refusals.obstacles, world=3):
         assert "V1 takes 2, 4, 8" in said["ranks"]
         assert "takes 8 ranks for a node, here are 1" in said["nodes"]
+        assert "at most 7936 columns, not 8192" in said["too wide"]
+        assert "neither leaves the node nor carries FP8" in said["nodes of older GPUs"]
         assert "256 a rank" in said["slots"]
+        assert "multiples of 256 columns, not 200" in said["columns"]
+        assert "at most 32 experts a token, not 33" in said["choices"]
+        assert "NVIDIA A100-PCIE-40GB: DeepEP takes PCIe cards in pairs only" in said["PCIe"]
+        assert "says rank 1: deep_ep is not installed" in said["one lacks it"]
+        assert (
+            "different generations of DeepEP (V1 Buffer, V2 ElasticBuffer)" in said["generations"]
+        )
         assert "fill_uninitialized_memory = False" in said["fills"]
 
 
@@ -234,19 +319,32 @@ def test_auto_takes_deep_ep_only_where_it_can_be_used(ranks: RankPool) -> None:
     refused = {
         "absent": "deep_ep is not installed",
         "exact": "'exact'",
-        "old GPU": "compute capability is below 9.0",
+        "old GPU": "compute capability is below 8.0",
+        "no V1": "compute capability is below 9.0",
+        "compiled for others": "compiled for GPUs of compute capability 9.0",
+        "v1 FP8 on an older GPU": "nor carries FP8",
+        "v2 FP8 on an older GPU": "nor carries FP8",
+        "PCIe": "NVIDIA H100 PCIe is a PCIe card",
+        "columns": "multiples of 256 columns, not 128",
+        "choices": "at most 32 experts a token, not 33",
         "gloo": "NCCL",
         "no GPU": "no GPU",
     }
-    for found in ranks.run(cases.automatic, world=2):
-        assert found.keys() == {"fits", "V1 on an old GPU", *refused}
+    taken = {
+        "fits": "V2 ElasticBuffer",
+        "sizes": "V2 ElasticBuffer",
+        "v1 on an older GPU": "V1 Buffer",
+        "v2 on an older GPU": "V1 Buffer",  # which the package of V2 has, too
+    }
+    for found in ranks.run(refusals.automatic, world=2):
+        assert found.keys() == {*taken, *refused}
         for how, (name, why) in found.items():
             if how in refused:
                 assert name == "dedup"
                 assert why is not None
                 assert refused[how] in why
             else:
-                assert (name, why) == ("deep_ep", None)
+                assert (name, why) == (taken[how], None)
 
 
 def test_a_deep_ep_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,5 +366,5 @@ def test_a_peer_that_dies_is_named() -> None:
     with RankPool() as pool, pytest.raises(RankError) as caught:
         pool.run(cases.peer_dies, world=2, version="v2", timeout_s=20)
     assert caught.value.errors[0].startswith(
-        "CommError: rank 0: combine(F) failed in DeepEP (V2 ElasticBuffer)"
+        "CommError: rank 0: combine(F) with rank 1 failed in DeepEP (V2 ElasticBuffer)"
     )

@@ -44,7 +44,7 @@ def test_a_peer_that_dies_is_named_with_the_operation(name: str, operation: str)
 # Rank 3 is gone. Counts are exchanged among all; after that, rank 2 shares a node with rank 3, rank
 # 1 a rail, and rank 0 waits for one of those two.
 HOPS = {0: ("rank 1", "rank 2"), 1: ("rank 3", "rank 0"), 2: ("rank 3", "rank 0")}
-ALL = {0: ("ranks 1, 2, 3",), 1: ("ranks 0, 2, 3",), 2: ("ranks 0, 1, 3",)}
+ALL = dict.fromkeys(range(3), ("rank 3",))
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -81,7 +81,9 @@ def test_a_peer_that_is_silent_is_named_once_the_limit_is_over_and_later_starts_
             assert f"rank{'s' * (len(seen.peers) > 1)} {', '.join(map(str, seen.peers))}" in named
             # A lane's moves run one after another, and a hop waits once for each piece.
             assert limit_s <= seen.seconds < limit_s + 5
-            assert seen.again == seen.error
+            assert seen.again == (
+                f"rank {rank}: not started, because an earlier {operation} failed: {seen.error}"
+            )
 
 
 def test_an_index_out_of_range_on_one_rank_is_refused_by_all_at_once(ranks: RankPool) -> None:
@@ -111,3 +113,53 @@ def test_nodes_that_two_hop_cannot_use_are_refused_with_what_to_do(ranks: RankPo
         assert "the dispatcher 'dedup'" in unequal
         assert "in a changing order ([0, 1, 1, 0])" in crossed
         assert "the dispatcher 'dedup'" in crossed
+
+
+@pytest.mark.parametrize("name", ["flat", "two_hop"])
+def test_what_one_rank_refuses_ends_the_dispatch_of_all_and_the_next_one_is_whole(
+    ranks: RankPool, name: str
+) -> None:
+    found = ranks.run(cases.refuses_alone, world=4, setting=SETTINGS[name])
+    for rank, steps in enumerate(found):
+        for own, (text, seconds) in zip(cases.MISTAKES, steps[::2], strict=True):
+            expected = own if rank == 1 else "rank 1 refused the tensors that it was given"
+            assert re.match(expected, text), text
+            assert seconds < 10
+        assert [text for text, _ in steps[1::2]] == ["no error"] * len(cases.MISTAKES)
+
+
+def test_ranks_whose_tensors_differ_are_told_which_and_where(ranks: RankPool) -> None:
+    for found in ranks.run(cases.differ, world=4, setting=GRID):
+        reasons = (
+            r"experts a token \(K\): 3 on rank 0, 2 on rank 1",
+            r"columns of x_TD \(D\): 5 on rank 0, 6 on rank 1",
+            "dtype of x_TD: torch.float64 on rank 0, torch.float32 on rank 1",
+            "dtype of weights_TK: torch.float64 on rank 0, torch.float32 on rank 1",
+            "tensors that need a gradient: none on rank 0, x_TD on rank 1",
+        )
+        for reason, text in zip(reasons, found, strict=True):
+            assert re.match(f"ranks differ in the {reason}", text), text
+
+
+def test_a_rank_that_leaves_out_a_call_is_waited_for_and_nothing_is_mixed() -> None:
+    with RankPool() as pool:
+        found = pool.run(cases.skips, world=2, setting=PAIR["dedup"], limit_s=0.5, timeout_s=60)
+    assert found[1] is None
+    assert re.fullmatch(
+        r"rank 0: combine\(F\) failed while waiting for rank 1: no answer within 0\.5 s",
+        str(found[0]),
+    )
+
+
+def test_a_handle_serves_only_the_dispatcher_that_made_it(ranks: RankPool) -> None:
+    for found in ranks.run(cases.foreign_handle, world=4):
+        assert len(found) == 4
+        assert all("made by another dispatcher" in text for text in found), found
+
+
+def test_ranks_that_ask_for_different_dispatchers_are_told_in_what(ranks: RankPool) -> None:
+    for payload, layout, name in ranks.run(cases.unlike_options, world=4):
+        start = "ranks ask for different dispatchers: "
+        assert payload.startswith(f"{start}payload is 'exact' on rank 0, 'bf16' on rank 2;")
+        assert layout.startswith(f"{start}layout is (0, 1, 2, 3, 4, 5, 6, 7) on rank 0, (7, 6, ")
+        assert name.startswith(f"{start}name is 'dedup' on rank 0, 'flat' on rank 2;")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,13 +12,14 @@ import pytest
 import torch
 
 from counterflow.comm.dispatch.lane import Lane
+from counterflow.comm.errors import CommError
 from counterflow.comm.waiting import WaitBoard
 
 CPU = torch.device("cpu")
 
 
 def lane(*others: int) -> Lane:
-    return Lane(0, others, WaitBoard(), 5.0)
+    return Lane(0, others, WaitBoard())
 
 
 def test_moves_run_in_the_order_of_their_starts_beside_the_caller() -> None:
@@ -51,19 +54,21 @@ def test_after_one_move_has_failed_all_later_ones_do() -> None:
     def fail() -> None:
         raise ValueError("broken")
 
-    pending = [
-        given.start(fail, CPU, "first"),
-        given.start(lambda: done.append(1), CPU, "second"),
-    ]
-    for started in [*pending, given.start(lambda: done.append(2), CPU, "third")]:
-        with pytest.raises(ValueError, match="broken"):
+    first = given.start(fail, CPU, "combine(F)")
+    later = [given.start(lambda: done.append(1), CPU, "second")]
+    with pytest.raises(ValueError, match="broken"):
+        first.finish()
+    later.append(given.start(lambda: done.append(2), CPU, "third"))
+    reason = r"rank 0: not started, because an earlier combine\(F\) failed: broken"
+    for started in later:
+        with pytest.raises(CommError, match=reason):
             started.finish()
     assert done == []
 
 
 def test_the_board_says_what_the_caller_waits_for() -> None:
     board = WaitBoard()
-    given, hold = Lane(0, (1, 2), board, 5.0), threading.Event()
+    given, hold = Lane(0, (1, 2), board), threading.Event()
     pending = given.start(lambda: hold.wait(5), CPU, "dispatch(F)")
     waiter = threading.Thread(target=pending.finish)
     waiter.start()
@@ -85,3 +90,22 @@ def test_the_thread_ends_with_its_lane() -> None:
     gc.collect()
     thread.join(5)
     assert not thread.is_alive()
+
+
+def test_moves_make_ordinary_tensors_in_inference_mode() -> None:
+    for given in (lane(), lane(1)):
+        with torch.inference_mode():
+            pending = given.start(lambda: torch.zeros(1), CPU, "move")
+        assert not pending.finish().is_inference()
+
+
+def test_the_interpreter_ends_well_with_moves_under_way() -> None:
+    code = (
+        "import time, torch;"
+        "from counterflow.comm.dispatch.lane import Lane;"
+        "from counterflow.comm.waiting import WaitBoard;"
+        "lane = Lane(0, (1,), WaitBoard());"
+        "lane.start(lambda: (time.sleep(0.3), print('moved')), torch.device('cpu'), 'move')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"moved\n", b"")

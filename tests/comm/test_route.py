@@ -9,22 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from counterflow.comm.dispatch.census import UNKNOWN, take_census
 from counterflow.comm.dispatch.grid import NodeGrid
 from counterflow.comm.dispatch.layout import ExpertLayout
 from counterflow.comm.dispatch.pieces import wanted
 from counterflow.comm.dispatch.reference import Origin, Reference
 from counterflow.comm.dispatch.route import (
-    TOKENS_A_PIECE,
-    Census,
     Counts,
     Plan,
     SlotTables,
-    check_census,
     count_by_piece,
     count_entries,
     piece_bounds,
-    take_census,
 )
+from counterflow.comm.dispatch.sizes import TOKENS_A_PIECE
 
 CPU = torch.device("cpu")
 GRIDS = {
@@ -44,7 +42,7 @@ def test_a_choices_slot_is_the_layouts_and_copies_take_turns(slots: tuple[int, .
     layout = ExpertLayout(8, 4, slots)
     made = torch.Generator().manual_seed(0)
     experts_TK = torch.randint(-1, 8, (20, 3), generator=made)
-    tables = SlotTables(layout, GRIDS["2 x 2"], CPU)
+    tables = SlotTables(layout, GRIDS["2 x 2"], [0, 0, 1, 1], CPU)
     for source in range(4):
         reference = Reference("flat", layout, GRIDS["2 x 2"], [experts_TK] * 4)
         found = tables.slots(experts_TK, source)
@@ -55,7 +53,7 @@ def test_a_choices_slot_is_the_layouts_and_copies_take_turns(slots: tuple[int, .
 
 def test_an_index_out_of_range_has_no_slot_and_so_harms_no_table() -> None:
     for slots in (tuple(range(4)), (3, 2, 1, 0)):
-        tables = SlotTables(ExpertLayout(4, 2, slots), NodeGrid.one_node(2), CPU)
+        tables = SlotTables(ExpertLayout(4, 2, slots), NodeGrid.one_node(2), [0, 0], CPU)
         found = tables.slots(torch.tensor([[4, -2, 1 << 40, -(1 << 40)]]), 0)
         assert found.tolist() == [[-1] * 4]
 
@@ -64,12 +62,16 @@ def test_an_index_out_of_range_has_no_slot_and_so_harms_no_table() -> None:
 def test_tables_say_where_slots_are_and_their_last_entry_is_nowhere(name: str) -> None:
     grid = GRIDS[name]
     layout = ExpertLayout.contiguous(2 * grid.num_ranks, grid.num_ranks)
-    tables = SlotTables(layout, grid, CPU)
+    nodes = [7 - rank % 3 for rank in range(grid.num_ranks)]  # on the machine, not in the grid
+    tables = SlotTables(layout, grid, nodes, CPU)
+    assert tables.order_R.tolist() == list(grid.order)
     for slot in range(layout.num_slots):
         rank = slot // 2
+        assert tables.host_P1[slot] == rank % 3
         assert grid.order[int(tables.rank_P1[slot])] == rank
         assert tables.node_P1[slot] == grid.node_of(rank)
         assert tables.index_P1[slot] == grid.index_of(rank)
+    assert tables.host_P1[-1] == tables.num_hosts == min(3, grid.num_ranks)
     assert tables.rank_P1[-1] == grid.num_ranks
     assert tables.node_P1[-1] == grid.num_nodes
     assert tables.index_P1[-1] == grid.ranks_per_node
@@ -95,7 +97,7 @@ def told_to_all(
     grid: NodeGrid, layout: ExpertLayout, experts: list[Tensor], pieces: int
 ) -> list[Counts]:
     """The counts of all ranks, exchanged by hand."""
-    tables = SlotTables(layout, grid, CPU)
+    tables = SlotTables(layout, grid, [0] * grid.num_ranks, CPU)
     lines, firsts, plans = [], [], []
     for rank, experts_TK in enumerate(experts):
         plan = Plan(grid, rank, layout.slots_per_rank, pieces)
@@ -105,9 +107,9 @@ def told_to_all(
         if plan.two_hops:
             to_nodes = wanted(tables.node_P1[slots_TK], grid.num_nodes)
             first_CG = count_by_piece(to_nodes, plan.num_pieces)
-        census = take_census(experts_TK, slots_TK, tables.node_P1, grid.num_nodes)
+        census = take_census(experts_TK, slots_TK, UNKNOWN, tables.node_P1, grid.num_nodes)
         entries_P = count_entries(slots_TK, layout.num_slots)
-        lines.append(plan.lines(census, first_CG, final_CR, entries_P))
+        lines.append(plan.lines(census, first_CG, final_CR, entries_P, tables))
         firsts.append(first_CG)
         plans.append(plan)
     return [
@@ -130,7 +132,7 @@ def test_every_rank_learns_what_loops_over_all_tokens_find(name: str, tokens: in
     found = told_to_all(grid, layout, experts, 4)
     two_hops = grid.num_nodes > 1 and grid.ranks_per_node > 1
     pieces = 4 if two_hops and tokens > 6 else 1
-    tables = SlotTables(layout, grid, CPU)
+    tables = SlotTables(layout, grid, [0] * ranks, CPU)
     # to[a][t]: the ranks of token t of rank a.
     to = [
         [{slot // 3 for slot in row if slot >= 0} for row in tables.slots(experts_TK, a).tolist()]
@@ -177,28 +179,3 @@ def check_two_hops(
     assert first.received == [crossing(a, node) for a in rail]
     assert second.sent == [within(rank, b) for b in node]
     assert second.received == [within(b, rank) for b in node]
-
-
-def test_a_census_has_the_range_and_the_most_nodes() -> None:
-    grid = GRIDS["2 x 2"]
-    tables = SlotTables(ExpertLayout.contiguous(8, 4), grid, CPU)
-    experts_TK = torch.tensor([[0, 1], [-1, 5], [2, 6], [-1, -1]])
-    slots_TK = tables.slots(experts_TK, 0)
-    assert take_census(experts_TK, slots_TK, tables.node_P1, 2).tolist() == [4, -1, 6, 2]
-    assert take_census(experts_TK, slots_TK, None, 2).tolist() == [4, -1, 6, 0]
-    empty = torch.zeros(0, 2, dtype=torch.int64)
-    assert take_census(empty, empty, tables.node_P1, 2).tolist() == [0, 0, -1, 0]
-
-
-def test_what_a_rank_has_wrong_is_refused_with_its_global_rank() -> None:
-    fine = Census(4, -1, 7, 2)
-    check_census([fine, Census(0, 0, -1, 0)], [4, 5], 8, 2)
-    check_census([fine._replace(most_nodes=3)], [4], 8, None)
-    with pytest.raises(
-        ValueError, match=r"experts_TK of rank 5 holds experts 0\.\.8.* has 8: 0\.\.7"
-    ):
-        check_census([fine, fine._replace(low=0, high=8)], [4, 5], 8, None)
-    with pytest.raises(ValueError, match=r"experts_TK of rank 4 holds experts -2\.\.7"):
-        check_census([fine._replace(low=-2), fine], [4, 5], 8, None)
-    with pytest.raises(ValueError, match=r"a token of rank 5 goes to 3 nodes, but node_limit is 2"):
-        check_census([fine, fine._replace(most_nodes=3)], [4, 5], 8, 2)

@@ -19,6 +19,7 @@ from counterflow.comm.topology import (
     Topology,
     order_by_node,
     place_of_process,
+    rank_told,
     require_node_limit,
     spread_of_groups,
     this_machine,
@@ -100,6 +101,15 @@ def test_srun_is_believed_where_it_sets_mpis_variables_itself() -> None:
     assert place_of_process(told) == place_of_process(SRUN)
 
 
+@pytest.mark.parametrize("name", ["PMI_RANK", "PMI_SIZE"])
+def test_where_mpis_variables_are_not_sruns_own_mpi_is_believed(name: str) -> None:
+    """Another launcher inside the step, one that sets nothing by which it is known."""
+    step = SRUN | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NODEID": "0"}
+    step |= {"SLURM_STEP_TASKS_PER_NODE": "2", "PMI_RANK": "0", "PMI_SIZE": "2"}
+    assert place_of_process(step).source == "slurm"
+    assert place_of_process(step | {name: "1"}).source == "mpi"
+
+
 def test_under_mpirun_slurms_variables_are_those_of_its_daemon() -> None:
     daemon = SRUN | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
     daemon |= {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": "1"}
@@ -117,8 +127,32 @@ def test_under_mpirun_slurms_variables_are_those_of_its_daemon() -> None:
 def test_slurm_variables_of_a_batch_script_are_refused_in_a_step() -> None:
     with pytest.raises(ValueError, match=r"='1\(x2\)' does not fit SLURM_STEP_NUM_TASKS=8"):
         place_of_process(SRUN | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)"})
-    with pytest.raises(ValueError, match="SLURM_PROCID='8' is not a whole number from 0 to 7"):
-        place_of_process(SRUN | {"SLURM_PROCID": "8"})
+
+
+def test_a_heterogeneous_slurm_step_is_refused_with_what_to_do() -> None:
+    told = SRUN | {"SLURM_PROCID": "8"}
+    with pytest.raises(
+        ValueError, match=r"=8 is beyond SLURM_STEP_NUM_TASKS=8, .* set RANK and WORLD_SIZE"
+    ):
+        place_of_process(told)
+    assert place_of_process(told | TORCHRUN) == place_of_process(TORCHRUN)
+
+
+@pytest.mark.parametrize(
+    ("told", "rank"),
+    [
+        (TORCHRUN | {"GROUP_RANK": "x"}, 5),
+        ({"RANK": "8", "WORLD_SIZE": "8"}, None),
+        ({"RANK": "-1", "WORLD_SIZE": "8"}, None),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "junk"}, 5),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, 1),
+        ({}, None),
+    ],
+)
+def test_a_rank_is_told_though_other_variables_be_wrong(
+    told: dict[str, str], rank: int | None
+) -> None:
+    assert rank_told(told) == rank
 
 
 @given(st.lists(st.tuples(st.integers(1, 99), st.integers(1, 9)), min_size=1))
@@ -210,6 +244,19 @@ def test_every_rank_gets_the_same_topology(ranks: RankPool) -> None:
     assert [seat.device for seat in found[0].seats] == ["device 0", "device 1"] * 2
     assert {seat.machine for seat in found[0].seats} == {this_machine()}
     assert all(other == found[0] for other in found)
+
+
+def test_where_mpi_cannot_be_asked_hosts_are_nodes_and_rank_0_says_so_once(
+    ranks: RankPool,
+) -> None:
+    found = ranks.run(cases.without_mpi4py, world=2)
+    assert [topology.nodes for topology, _ in found] == [(0, 0)] * 2
+    by_host, problem = found[0][0].notes
+    assert by_host.endswith("the ranks of a host are a node")
+    assert problem.startswith("rank 0 cannot ask MPI for its node, ")
+    assert "Mesh.create(nodes=...)" in problem
+    assert "mpi4py" in problem
+    assert [said for _, said in found] == [[problem], []]
 
 
 def test_one_ranks_wrong_environment_is_told_on_every_rank(ranks: RankPool) -> None:

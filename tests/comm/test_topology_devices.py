@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 
-from counterflow.comm.topology import Gpu, Nic, device_of_rank, find_gpus, find_nics, nearest_nics
+from counterflow.comm.topology import (
+    Gpu,
+    GpuFacts,
+    Nic,
+    device_of_rank,
+    find_gpus,
+    find_nics,
+    nearest_nics,
+)
 from counterflow.comm.topology import pci_place as place_of
 from counterflow.comm.topology.gpus import facts_by_nvml
 from counterflow.comm.topology.nics import NearestNics
@@ -34,14 +42,16 @@ class FakeNvml:
 
     NVML_ERROR_INVALID_ARGUMENT = 2
     NVML_ERROR_NOT_SUPPORTED = 3
+    NVML_ERROR_DRIVER_NOT_LOADED = 9
+    NVML_ERROR_LIBRARY_NOT_FOUND = 12
     NVML_FEATURE_ENABLED = 1
     NVML_NVLINK_MAX_LINKS = 36
     NVML_NVLINK_DEVICE_TYPE_GPU = 0
     NVML_NVLINK_DEVICE_TYPE_SWITCH = 2
     NVMLError = NVMLError
 
-    def __init__(self, links: Sequence[Mapping[int, tuple[int, str, int] | None]]) -> None:
-        self._links = links  # of each GPU: link -> (state, remote bus id, remote type)
+    def __init__(self, links: Sequence[Mapping[int, tuple[int, str, int] | NVMLError]]) -> None:
+        self._links = links  # of each GPU: link -> (state, remote bus id, remote type), or an error
         self._handles = [object() for _ in links]
         self._open = False
         self.lost: set[int] = set()
@@ -94,20 +104,20 @@ class FakeNvml:
         links = self._links[self._device(device)]
         if link not in links:
             raise NVMLError(self.NVML_ERROR_INVALID_ARGUMENT, "Invalid Argument")
-        if (answer := links[link]) is None:
-            raise NVMLError(999, "Unknown Error")
+        if isinstance(answer := links[link], NVMLError):
+            raise answer
         return answer[0]
 
     def nvmlDeviceGetNvLinkRemotePciInfo(self, device: object, link: int) -> Any:  # noqa: N802
         answer = self._links[self._device(device)][link]
-        assert answer is not None
+        assert not isinstance(answer, NVMLError)
         if not answer[1]:
             raise NVMLError(self.NVML_ERROR_NOT_SUPPORTED, "Not Supported")
         return SimpleNamespace(busId=answer[1].encode())
 
     def nvmlDeviceGetNvLinkRemoteDeviceType(self, handle: object, link: int) -> int:  # noqa: N802
         answer = self._links[self._device(handle)][link]
-        assert answer is not None
+        assert not isinstance(answer, NVMLError)
         return answer[2]
 
 
@@ -131,7 +141,8 @@ def test_gpus_and_where_their_nvlinks_lead_are_told() -> None:
         link: (1, f"00000000:{4 + link % 2:02X}:00.0", FakeNvml.NVML_NVLINK_DEVICE_TYPE_SWITCH)
         for link in range(4)
     }
-    paired = {0: (1, "00000000:1B:00.0", 0), 1: (0, "", 0), 2: (1, "", 0), 3: None}
+    paired = {0: (1, "00000000:1B:00.0", 0), 1: (0, "", 0), 2: (1, "", 0)}
+    paired |= {3: NVMLError(999, "Unknown Error"), 4: NVMLError(3, "Not Supported")}
     nvml = FakeNvml([switched, paired])
     facts = facts_by_nvml(nvml)
     assert (facts.driver, facts.cuda, facts.reason) == ("570.86.15", "12.8", "")
@@ -168,35 +179,51 @@ def test_without_a_driver_or_the_library_the_reason_is_told(
     def no_driver() -> None:
         raise NVMLError(12, "NVML Shared Library Not Found")
 
+    def broken_driver() -> None:
+        raise NVMLError(999, "Unknown Error")
+
     monkeypatch.setattr(nvml, "nvmlInit", no_driver)
-    assert facts_by_nvml(nvml).reason == "no NVIDIA driver answers: NVML Shared Library Not Found"
+    facts = facts_by_nvml(nvml)
+    assert facts.reason == "no NVIDIA driver answers: NVML Shared Library Not Found"
+    assert device_of_rank(0, facts, None) == "CPU"
+    monkeypatch.setattr(nvml, "nvmlInit", broken_driver)
+    assert device_of_rank(0, facts_by_nvml(nvml), None) == (
+        "unknown: no NVIDIA driver answers: Unknown Error"
+    )
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert find_gpus().reason == "pynvml is not installed (pip install nvidia-ml-py)"
+    missing = "pynvml is not installed (pip install nvidia-ml-py)"
+    assert find_gpus().reason == missing
+    assert device_of_rank(0, find_gpus(), None) == f"unknown: {missing}"
     monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace())  # another library by that name
     assert find_gpus().reason.startswith("NVML failed: AttributeError")
 
 
 @pytest.mark.parametrize(
-    ("local_rank", "visible", "index"),
+    ("local_rank", "visible", "device"),
     [
-        (0, None, 0),
-        (3, None, 3),
-        (4, None, None),
-        (None, None, None),
-        (1, "2,0", 0),
-        (2, "2,0", None),
-        (5, "3", 3),  # a launcher has bound one GPU to each process
-        (0, "", None),
-        (1, "GPU-3,GPU-1ab", 1),
-        (1, "0,9,1", None),  # CUDA ignores what follows a device that is not there
+        (0, None, "GPU 0: H800"),
+        (3, None, "GPU 3: H800"),
+        (4, None, "unknown: in-node index 4, but CUDA sees 4 of the GPUs"),
+        (None, None, "unknown: the in-node index is not told"),
+        (1, "2,0", "GPU 0: H800"),
+        (2, "2,0", "unknown: in-node index 2, but CUDA sees 2 of the GPUs"),
+        (5, "3", "GPU 3: H800"),  # a launcher has bound one GPU to each process
+        (0, "", "unknown: CUDA_VISIBLE_DEVICES='' names no GPU that NVML tells of"),
+        (0, "MIG-12", "unknown: CUDA_VISIBLE_DEVICES='MIG-12' names no GPU that NVML tells of"),
+        (1, "GPU-3,GPU-1ab", "GPU 1: H800"),
+        # CUDA ignores what follows a device that is not there.
+        (1, "0,9,1", "unknown: in-node index 1, but CUDA sees 1 of the GPUs"),
     ],
 )
-def test_a_ranks_gpu_is_the_one_that_cuda_gives_to_its_in_node_index(
-    local_rank: int | None, visible: str | None, index: int | None
+def test_a_ranks_device_is_the_gpu_of_its_in_node_index_or_why_that_is_unknown(
+    local_rank: int | None, visible: str | None, device: str
 ) -> None:
-    gpus = [Gpu(i, "", f"GPU-{i}abc", 0, "", 0, 0, ()) for i in range(4)]
-    found = device_of_rank(local_rank, gpus, visible)
-    assert (found.index if found else None) == index
+    gpus = tuple(Gpu(i, "H800", f"GPU-{i}abc", 0, "", 0, 0, ()) for i in range(4))
+    assert device_of_rank(local_rank, GpuFacts(gpus), visible) == device
+
+
+def test_a_machine_whose_driver_has_no_gpu_computes_on_the_cpu() -> None:
+    assert device_of_rank(None, facts_by_nvml(FakeNvml([])), None) == "CPU"
 
 
 class MadeUpSysfs:

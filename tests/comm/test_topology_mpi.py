@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from counterflow.comm.topology import ProcessPlace
+from counterflow.comm.topology import ProcessPlace, place_of_process
 from counterflow.comm.topology.mpi import load_mpi, place_in_mpi
 
 _TELL = """
@@ -21,7 +22,9 @@ import dataclasses, json, sys
 from counterflow.comm.topology import place_of_process
 from counterflow.comm.topology.mpi import gather_in_mpi, load_mpi
 place = place_of_process(timeout_s=60)
-told = gather_in_mpi(load_mpi(4), dataclasses.asdict(place), "tell their places", timeout_s=60)
+told = gather_in_mpi(
+    load_mpi(place.rank, 4), dataclasses.asdict(place), "tell their places", timeout_s=60
+)
 if place.rank == 0:
     print(json.dumps(told))
 """
@@ -107,7 +110,7 @@ def test_nodes_have_numbers_without_gaps() -> None:
         allgather=lambda _: [0, 0, 2, 2],
     )
     fake = SimpleNamespace(COMM_WORLD=world, COMM_TYPE_SHARED=1)
-    place = place_in_mpi(fake, told=(3, 4), timeout_s=1.0)
+    place = place_in_mpi(fake, timeout_s=1.0)
     assert place == ProcessPlace(3, 4, 1, 1, 2, "mpi")
 
 
@@ -124,14 +127,19 @@ def test_an_mpi4py_of_another_mpi_than_the_mpirun_is_named() -> None:
     # As mpi4py finds it under a foreign mpirun: variables of one, and a world of its own.
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "OMPI", "SLURM"))}
     environ |= {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
-    code = "from counterflow.comm.topology import place_of_process; place_of_process()"
+    code = (
+        "import dataclasses, json; from counterflow.comm.topology import place_of_process;"
+        "print(json.dumps(dataclasses.asdict(place_of_process())))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60
     )
-    said = done.stderr.strip().splitlines()[-1]
-    assert said.startswith(
-        "ValueError: MPI started this process as rank 1 of 2, but in mpi4py it is rank 0 of 1: "
-        "mpi4py is bound to another MPI ("
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["rank"], told["world_size"], told["node"], told["source"]) == (1, 2, None, "mpi")
+    assert told["problem"].startswith(
+        "MPI started this process as rank 1 of 2, but in mpi4py it is rank 0 of 1: mpi4py is bound "
+        "to another MPI ("
     )
 
 
@@ -140,7 +148,9 @@ def test_a_missing_mpi4py_is_named_where_mpi_started_several_processes(
 ) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py.MPI", None)
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    with pytest.raises(
-        ValueError, match=r"as one of 4, but mpi4py.* \(ModuleNotFoundError: .*inst"
-    ):
-        load_mpi(4)
+    missing = r"as one of 4, but mpi4py.* \(ModuleNotFoundError: .*inst"
+    with pytest.raises(ValueError, match=missing):
+        load_mpi(1, 4)
+    place = place_of_process({"PMI_RANK": "1", "PMI_SIZE": "4"})
+    assert (place.rank, place.world_size, place.node, place.source) == (1, 4, None, "mpi")
+    assert re.search(missing, place.problem)

@@ -18,12 +18,12 @@ from counterflow.comm.dispatch.grid import NodeGrid
 from counterflow.comm.dispatch.layout import ExpertLayout
 from counterflow.comm.dispatch.record import RecordFormat
 from counterflow.comm.traffic import BACKENDS, Routes, across_nodes, node_matrix, route
-from counterflow.comm.traffic_sizes import PAYLOADS, PHASES, Payload, RowSizes
+from counterflow.comm.traffic_sizes import PAYLOADS, PHASES, PayloadSizes, RowSizes
 from counterflow.comm.traffic_synthetic import Choice, balanced_routing
 from tests import cases_traffic
 from tests.ranks import RankPool
 
-SIZES = RowSizes(Payload.named("bf16"), 64)
+SIZES = RowSizes(PayloadSizes.named("bf16"), 64)
 V3 = Choice(num_experts=256, top_k=8, num_groups=8, group_limit=4)
 
 
@@ -130,7 +130,7 @@ def test_statistics_are_those_of_a_count_token_by_token(case: Case) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(cases(), st.sampled_from(PAYLOADS))
-def test_what_is_sent_is_what_is_needed_and_comes_back(case: Case, payload: Payload) -> None:
+def test_what_is_sent_is_what_is_needed_and_comes_back(case: Case, payload: PayloadSizes) -> None:
     routes, sizes = route(*case), RowSizes(payload, 256)
     by_backend = {backend: routes.traffic(backend) for backend in BACKENDS}
     flat, dedup, two_hop = by_backend.values()
@@ -142,7 +142,7 @@ def test_what_is_sent_is_what_is_needed_and_comes_back(case: Case, payload: Payl
     )
     # A token crosses once to each node that needs it, whoever it is for there.
     away_RR = across_nodes(case.grid)
-    record = sizes.record_bytes("dispatch(F)", two_hop.experts_per_record)
+    record = two_hop.record_bytes("dispatch(F)", sizes)
     crossing, staying = two_hop.hop_bytes("dispatch(F)", sizes)
     assert crossing[away_RR].sum() == routes.remote_nodes_per_token.sum() * record
     assert crossing[~away_RR].sum() == staying[away_RR].sum() == 0
@@ -151,13 +151,12 @@ def test_what_is_sent_is_what_is_needed_and_comes_back(case: Case, payload: Payl
             sent = traffic.hop_bytes(phase, sizes)
             assert (np.sum(sent, axis=0) == traffic.rank_bytes(phase, sizes)).all()
             assert all(hop.diagonal().sum() == 0 for hop in sent)
-            total = sum(hop.records_RR.sum() for hop in traffic.hops) * sizes.record_bytes(
-                phase, traffic.experts_per_record
-            )
+            records = sum(hop.records_RR.sum() for hop in traffic.hops)
+            total = records * traffic.record_bytes(phase, sizes)
             assert sum(hop.sum() for hop in sent) + traffic.local_bytes(phase, sizes).sum() == total
         # The way back is the way there: the same records, hop by hop in the other order.
-        there = traffic.hop_bytes("combine(B)", RowSizes(Payload("same", 2, 2), 256))
-        back = traffic.hop_bytes("combine(F)", RowSizes(Payload("same", 2, 2), 256))
+        there = traffic.hop_bytes("combine(B)", RowSizes(PayloadSizes("same", 2, 2), 256))
+        back = traffic.hop_bytes("combine(F)", RowSizes(PayloadSizes("same", 2, 2), 256))
         assert [hop.T.tolist() for hop in reversed(back)] == [hop.tolist() for hop in there]
 
 
@@ -206,7 +205,7 @@ def test_unknown_names_are_refused_with_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"no phase 'dispatch'.*combine"):
         routes.traffic("flat").hop_bytes("dispatch", SIZES)
     with pytest.raises(ValueError, match=r"no payload 'fp4'.*fp8"):
-        Payload.named("fp4")
+        PayloadSizes.named("fp4")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -219,7 +218,7 @@ def test_counted_bytes_are_those_that_the_dispatchers_send(ranks: RankPool, back
     experts = [cases_traffic.experts_of(rank) for rank in range(4)]
     routes = route(experts, cases_traffic.LAYOUT, NodeGrid.of(cases_traffic.NODES))
     for index, payload in enumerate(payloads):
-        sizes = RowSizes(Payload.named(payload), cases_traffic.HIDDEN)
+        sizes = RowSizes(PayloadSizes.named(payload), cases_traffic.HIDDEN)
         for phase in PHASES:
             counted = routes.traffic(backend).rank_bytes(phase, sizes)
             assert counted.any()
@@ -232,7 +231,7 @@ def test_counted_bytes_are_those_that_the_dispatchers_send(ranks: RankPool, back
 
 def test_records_of_v3_have_the_sizes_that_their_parts_add_up_to() -> None:
     def of(payload: str, phase: str, experts: int = 8) -> int:
-        return RowSizes(Payload.named(payload), 7168).record_bytes(phase, experts)
+        return RowSizes(PayloadSizes.named(payload), 7168).record_bytes(phase, experts, 320)
 
     assert of("bf16", "dispatch(F)") == 2 * 7168 + 8 * 4 + 8 * 2
     assert of("fp8", "dispatch(F)") == 7168 + 4 * 7168 // 128 + 8 * 4 + 8 * 2
@@ -246,11 +245,13 @@ def test_records_of_v3_have_the_sizes_that_their_parts_add_up_to() -> None:
 @pytest.mark.parametrize("payload", PAYLOADS, ids=lambda payload: payload.name)
 @pytest.mark.parametrize("hidden", [1, 3, 64, 130, 7168])
 @pytest.mark.parametrize("top_k", [1, 3, 8])
+@pytest.mark.parametrize("num_slots", [8, 32768, 32769])
 def test_records_are_as_long_as_those_of_the_dispatchers(
-    payload: Payload, hidden: int, top_k: int
+    payload: PayloadSizes, hidden: int, top_k: int, num_slots: int
 ) -> None:
     plain = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}[payload.name]
-    weights, slots = (torch.float32, top_k), (torch.int16, top_k)
+    indices = torch.int16 if num_slots <= 32768 else torch.int32
+    weights, slots = (torch.float32, top_k), (indices, top_k)
     spread = [(plain, hidden)]
     if payload.name == "fp8":
         spread = [(torch.uint8, hidden), (torch.float32, -(-hidden // 128))]
@@ -262,7 +263,15 @@ def test_records_are_as_long_as_those_of_the_dispatchers(
     }
     for phase, parts in formats.items():
         width = RecordFormat(tuple(parts)).width
-        assert RowSizes(payload, hidden).record_bytes(phase, top_k) == width
+        assert RowSizes(payload, hidden).record_bytes(phase, top_k, num_slots) == width
+
+
+@pytest.mark.parametrize(("num_slots", "index_bytes"), [(32768, 2), (32770, 4)])
+def test_beyond_32768_slots_their_indices_take_four_bytes(num_slots: int, index_bytes: int) -> None:
+    layout = ExpertLayout.contiguous(num_slots, 2)
+    traffic = route([[[0, num_slots - 1]]] * 2, layout, grid_of(1, 2)).traffic("dedup")
+    sent = traffic.rank_bytes("dispatch(F)", SIZES)
+    assert sent[0, 1] == 2 * 64 + 2 * 4 + 2 * index_bytes
 
 
 # ---- speed, and what is needed ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from counterflow.comm.dispatch.balance import imbalance
 from counterflow.comm.dispatch.grid import NodeGrid
 from counterflow.comm.dispatch.layout import ExpertLayout
-from counterflow.comm.traffic import BACKENDS, imbalance, route
+from counterflow.comm.traffic import BACKENDS, route
 from counterflow.comm.traffic_expected import chance_to_reach, expected_nodes, expected_traffic
 from counterflow.comm.traffic_synthetic import (
+    MOST_SKEW,
     Choice,
     balanced_routing,
     hot_routing,
@@ -78,6 +81,15 @@ def test_skew_makes_loads_uneven() -> None:
     # Some 62 rows an expert: the worst of 256 has about three standard deviations more than that.
     assert worst[0] < 1.6
     assert 1.4 * worst[0] < worst[1] < worst[2] / 1.5
+
+
+@pytest.mark.filterwarnings("error")
+def test_skew_has_a_limit_up_to_which_nothing_overflows() -> None:
+    sizes = {"num_ranks": 1, "num_tokens": 64}
+    random_routing(V3, **sizes, skew=MOST_SKEW)
+    for skew in (-0.1, MOST_SKEW * 1.01, 1e300, math.nan):
+        with pytest.raises(ValueError, match="skew must be from 0 to 10, got"):
+            random_routing(V3, **sizes, skew=skew)
 
 
 @pytest.mark.parametrize("choice", [V3, Choice(48, 6, 4, 3), Choice(12, 4, 1, 1)])

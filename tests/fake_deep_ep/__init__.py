@@ -7,25 +7,30 @@ the real ones would refuse, crash at, or answer with garbage. So
 
 - results of an asynchronous call are NaN until its event was waited for, and its inputs must not
   change before;
+- a handle of V2 serves rows of one width and format;
+- V1's buffer must have room for both its configurations, of which each needs more of one kind;
 - V2 without `deterministic` hands tokens out in an order that changes from call to call;
 - a call that not all ranks make alike raises, instead of hanging.
 
     with installed("v2") as made:      # import deep_ep now finds the fake
         ...
     made[0].calls                      # what was asked of the first buffer, in order
+    with installed("v2", nvlink_gbs=0):
+        ...                            # on a host where that is not to be found out
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 from .elastic import ElasticBuffer, EPHandle
 from .legacy import Buffer, Config
-from .shared import Call, EventHandle, EventOverlap, FakeAssertionError, made, topk_idx_t
+from .shared import Call, EventHandle, EventOverlap, FakeAssertionError, host, made, topk_idx_t
 
 __all__ = ["Call", "FakeAssertionError", "installed"]
 
@@ -34,8 +39,12 @@ V2 = {**V1, "ElasticBuffer": ElasticBuffer, "EPHandle": EPHandle, "EventHandle":
 
 
 @contextmanager
-def installed(version: str) -> Iterator[list[Any]]:
-    """Within, `import deep_ep` gives the fake of version "v1" or "v2"; yields the buffers made."""
+def installed(version: str, **facts: Any) -> Iterator[list[Any]]:
+    """Within, `import deep_ep` gives the fake of version "v1" or "v2"; yields the buffers made.
+
+    Args:
+        facts: of the host, see `shared.Host`.
+    """
     module = ModuleType("deep_ep", __doc__)
     for name, value in {"v1": V1, "v2": V2}[version].items():
         setattr(module, name, value)
@@ -43,7 +52,8 @@ def installed(version: str) -> Iterator[list[Any]]:
     sys.modules["deep_ep"] = module
     made.clear()
     try:
-        yield made
+        with mock.patch.multiple(host, **facts) if facts else nullcontext():
+            yield made
     finally:
         del sys.modules["deep_ep"]
         if before is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from .shared import (
     Sent,
     aligned_counts,
     choices,
+    host,
     payload,
     picked,
     require,
@@ -32,7 +34,9 @@ class Sizes(NamedTuple):
     limit: int
     alignment: int
     num_sms: int
+    hidden: int
     itemsize: int
+    packs: int
 
 
 @dataclass
@@ -118,7 +122,12 @@ class ElasticBuffer(FakeBuffer):
         require(num_scaleout_topk == 0, "num_scaleout_topk is reserved")
         if num_experts % self.size:
             raise AssertionError("experts must divide among the ranks")
-        return 6
+        gbs = nvlink_gbs or host.nvlink_gbs
+        rdma_gbs = rdma_gbs or host.rdma_gbs
+        if host.nodes > 1 and 1 / rdma_gbs > 1 / gbs:
+            gbs = rdma_gbs
+        needed = 1.25 * gbs * max(0.2 / sm_read_gbs, 1 / sm_write_gbs)
+        return min(2 * math.ceil(max(4, needed) / 2), 132)
 
     def dispatch(
         self,
@@ -146,6 +155,8 @@ class ElasticBuffer(FakeBuffer):
         require(not do_expand and not use_tma_aligned_col_major_sf, "the fake has one row a token")
         self._check_streams(previous_event, allocate_on_comm_stream)
         tokens, scales = self.check_tokens(x)
+        packs = 0 if scales is None else scales.shape[1]
+        form = (tokens.shape[1], tokens.element_size(), packs)
         if handle is None:
             require(do_cpu_sync in (None, True), "the fake always waits for the counts")
             require(topk_idx is not None and num_experts is not None, "no topk_idx, no handle")
@@ -153,7 +164,7 @@ class ElasticBuffer(FakeBuffer):
             assert num_experts is not None
             limit = num_max_tokens_per_rank or self.num_max_tokens_per_rank
             sms = num_sms or self.get_theoretical_num_sms(num_experts, topk_idx.shape[1])
-            sizes = Sizes(num_experts, limit, expert_alignment or 1, sms, tokens.element_size())
+            sizes = Sizes(num_experts, limit, expert_alignment or 1, sms, *form)
         else:
             require(topk_idx is None and not do_cpu_sync, "a handle: no topk_idx, no CPU sync")
             self._check_handle(handle)
@@ -162,11 +173,10 @@ class ElasticBuffer(FakeBuffer):
             same = all(g in (None, s) for g, s in zip(given, sizes, strict=False))
             require(same, "sizes other than the handle's")
             require(num_sms == sizes.num_sms, "the SM count must be the handle's, and be given")
-            require(tokens.element_size() == sizes.itemsize, "rows of another size than before")
+            require(form == sizes[-len(form) :], "rows of another width or format than before")
         self.check_choices(tokens, topk_idx, topk_weights)
         require(sizes.num_experts % self.size == 0, "experts must divide among the ranks")
         require(len(tokens) <= sizes.limit, f"{len(tokens)} tokens, announced: {sizes.limit}")
-        packs = 0 if scales is None else scales.shape[1]
         self._check_space(sizes.limit, tokens, packs, topk_idx.shape[1])
         self.agree("dispatch", sizes, tokens.shape[1], tokens.dtype)
 

@@ -16,6 +16,7 @@ from .shared import (
     Sent,
     aligned_counts,
     choices,
+    host,
     payload,
     picked,
     require,
@@ -97,11 +98,16 @@ class Buffer(FakeBuffer):
     def get_dispatch_config(num_ranks: int) -> Config:
         known = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 144, 160)
         require(num_ranks in known, f"Unsupported number of EP ranks: {num_ranks}")
-        return Config(Buffer.num_sms)
+        return Config(Buffer.num_sms, 6, 256, 12, 144)
 
     @staticmethod
     def get_combine_config(num_ranks: int) -> Config:
-        return Buffer.get_dispatch_config(num_ranks)
+        Buffer.get_dispatch_config(num_ranks)
+        return Config(Buffer.num_sms, 4, 288, 8, 128)
+
+    @staticmethod
+    def is_sm90_compiled() -> bool:
+        return host.sm90
 
     def get_dispatch_layout(
         self,

@@ -15,6 +15,27 @@ Payload = Tensor | tuple[Tensor, Tensor]
 made: list[Any] = []  # the buffers made since the fake was installed
 
 
+@dataclass
+class Host:
+    """What the library finds where it runs, and how it was compiled.
+
+    Attributes:
+        gpu: the GPU's name.
+        nvlink_gbs, rdma_gbs: bandwidths, or 0 where the library cannot find them out.
+        nodes: over which V2 has its ranks.
+        sm90: compiled for GPUs of compute capability 9.0.
+    """
+
+    gpu: str = "NVIDIA H800"
+    nvlink_gbs: float = 200.0
+    rdma_gbs: float = 50.0
+    nodes: int = 1
+    sm90: bool = True
+
+
+host = Host()
+
+
 class FakeAssertionError(AssertionError):
     """The real library would have failed an assertion, on the host or on the device."""
 
@@ -89,6 +110,7 @@ class FakeBuffer:
     def __post_init__(self) -> None:
         self.me: int = self.group.rank()
         self.size: int = self.group.size()
+        require("PCIE" not in host.gpu or self.size <= 2, "PCIe cards have NVLink in pairs only")
         made.append(self)
 
     def note(self, name: str, arguments: dict[str, Any]) -> None:
