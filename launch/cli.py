@@ -258,5 +258,6 @@ def _report(parsed: argparse.Namespace) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"counterflow: error: {message}", file=sys.stderr)
+    # One write, so that the lines of several ranks do not run into each other.
+    sys.stderr.write(f"counterflow: error: {message}\n")
     return 2

@@ -55,7 +55,7 @@ def start(arguments: Sequence[str], *, nproc: int, port: int) -> int:
         failed = {r: (f.exitcode, float(f.timestamp)) for r, f in error.failures.items()}
         message, status = verdict(failed)
         if message:
-            print(f"counterflow: error: {message}", file=sys.stderr)
+            sys.stderr.write(f"counterflow: error: {message}\n")  # in one write
         return status
     except SignalException as error:
         return 128 + error.sigval

@@ -265,12 +265,14 @@ class _Run:
     def _introduction(self) -> str:
         config, shape, experts = self.config, self.mesh.shape, self.engine.experts
         nodes = f"{self.mesh.num_nodes} node{'s' if self.mesh.num_nodes > 1 else ''}"
-        return (
+        line = (
             f"{num_parameters(config.model, mtp=True):,} parameters, {self.corpus.name}; "
             f"pp {shape.pp} x dp {shape.dp} (ep {shape.ep}) on {nodes}, {self.device.type}; "
-            f"{self.full.name}, {self.full.num_microbatches} micro-batches; "
-            f"dispatch {experts.name}, {self.config.dispatch.payload} rows ({experts.why})"
+            f"{self.full.name}, {self.full.num_microbatches} micro-batches"
         )
+        if shape.ep == 1:
+            return line
+        return f"{line}; dispatch {experts.name}, {config.dispatch.payload} rows ({experts.why})"
 
     def _write(
         self, metrics: MetricsWriter, step: int, result: StepResult, lr: float, rate: float

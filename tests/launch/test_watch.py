@@ -123,13 +123,14 @@ def test_after_exit_the_handlers_and_the_wakeup_descriptor_of_before_work() -> N
         reader.settimeout(10)
         writer.setblocking(False)
         signal.set_wakeup_fd(writer.fileno())
+        interrupt = signal.getsignal(signal.SIGINT)
         for _ in range(2):
             with SignalWatch(where):
                 pass
             os.kill(os.getpid(), signal.SIGTERM)
             print(*reader.recv(1), *caught)
         assert signal.set_wakeup_fd(-1) == writer.fileno()
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) == interrupt
     """)
     assert printed == "15 15\n15 15 15\n"
 
