@@ -59,7 +59,9 @@ class Piece:
         # By row first; its size is known, or a GPU would have to tell the host.
         flat_M = torch.nonzero_static(wanted_BG.reshape(-1), size=splits.num_sent).view(-1)
         rows_M, rank_M = flat_M // num_ranks, flat_M % num_ranks
-        return _by_destination(rows_M + start, rank_M, wanted_BG.sum(dim=1), splits)
+        return _by_destination(
+            rows_M + start, rank_M, wanted_BG.sum(dim=1, dtype=torch.int32).long(), splits
+        )
 
     @classmethod
     def as_they_are(cls, rank_B: Tensor, num_ranks: int, splits: Splits) -> Piece:

@@ -83,7 +83,9 @@ def piece_bounds(num_rows: int, num_pieces: int) -> list[int]:
 def count_by_piece(wanted_TG: Tensor, num_pieces: int) -> Tensor:
     """[C, G] int64: records that go from each piece to each rank."""
     bounds = piece_bounds(len(wanted_TG), num_pieces)
-    return torch.stack([wanted_TG[a:b].sum(dim=0) for a, b in pairwise(bounds)])
+    # int32: summed as int64, a mask would first be copied to eight times its size.
+    counts = [wanted_TG[a:b].sum(dim=0, dtype=torch.int32) for a, b in pairwise(bounds)]
+    return torch.stack(counts).long()
 
 
 def count_entries(slots_TK: Tensor, num_slots: int) -> Tensor:
