@@ -177,16 +177,15 @@ class Dispatcher(ABC, Generic[H]):
         """
         from .autograd import dispatch
 
-        if x_TD.device != experts_TK.device and handle is not None:
-            raise ValueError(f"x_TD is on {x_TD.device}, experts_TK on {experts_TK.device}")
         if handle is None:
             handle = self._preprocess(x_TD, experts_TK, weights_TK)
         else:
-            self._check_reused(handle, experts_TK)
+            self._check_reused(handle, x_TD, experts_TK)
         rows_ND, weights_N, tiles = dispatch(self, handle, x_TD, weights_TK)
         return Dispatched(rows_ND, weights_N, handle.counts, handle, tiles)
 
-    def _check_reused(self, handle: H, experts_TK: Tensor) -> None:
+    def _check_reused(self, handle: H, x_TD: Tensor, experts_TK: Tensor) -> None:
+        _check_device(x_TD, experts_TK)
         self._check_owner(handle)
         if (handle.num_tokens, handle.top_k) != tuple(experts_TK.shape):
             raise ValueError(
@@ -205,8 +204,7 @@ class Dispatcher(ABC, Generic[H]):
         """Preprocess what has been checked; if something is wrong, let all ranks know first."""
         try:
             self._check_experts(experts_TK)
-            if x_TD.device != experts_TK.device:
-                raise ValueError(f"x_TD is on {x_TD.device}, experts_TK on {experts_TK.device}")
+            _check_device(x_TD, experts_TK)
             self._check_tokens(x_TD, weights_TK, *experts_TK.shape)
             self._check_weights(experts_TK, weights_TK)
         except ValueError:
@@ -383,6 +381,11 @@ def require_groups(mesh: Mesh) -> None:
         raise ValueError(
             f"this mesh has ep={mesh.shape.ep} but no process groups: make it with Mesh.create"
         )
+
+
+def _check_device(x_TD: Tensor, experts_TK: Tensor) -> None:
+    if x_TD.device != experts_TK.device:
+        raise ValueError(f"x_TD is on {x_TD.device}, experts_TK on {experts_TK.device}")
 
 
 def _like(tensor: Tensor) -> str:

@@ -114,7 +114,7 @@ def check_census(
         if census.declared.refused:
             raise ValueError(
                 f"rank {rank} refused the tensors that it was given to dispatch, so nothing was "
-                f"sent; its own error says why"
+                "sent; its own error says why"
             )
     _check_alike(each)
     for rank, census in each:

@@ -165,15 +165,16 @@ def _make(name: str, mesh: Mesh, layout: ExpertLayout, options: Options) -> Disp
     make = partial(Hops, name, mesh, layout, options, everyone=everyone)
     if name != "two_hop":
         return make(grid=NodeGrid.one_node(len(ranks)), each_choice=name == "flat")
-    grids = [_grid(mesh, group) for group in _groups(mesh)]  # of all, so that all ranks refuse
+    groups = _groups(mesh)
+    grids = [_grid(mesh, group) for group in groups]  # of all, so that all ranks refuse
     rails: list[tuple[int, ...]] = []
     nodes: list[tuple[int, ...]] = []
-    for group, grid in zip(_groups(mesh), grids, strict=True):
+    for group, grid in zip(groups, grids, strict=True):
         rows = [tuple(group[e] for e in row) for row in grid.rows]
         nodes += rows
         rails += list(zip(*rows, strict=True))
     return make(
-        grid=grids[_groups(mesh).index(ranks)],
+        grid=grids[groups.index(ranks)],
         rail=_peers(mesh, rails, "dispatch over a rail", options.timeout_s),
         node=_peers(mesh, nodes, "dispatch within a node", options.timeout_s),
     )

@@ -35,7 +35,7 @@ from .grid import NodeGrid
 from .host import to_host
 from .layout import ExpertLayout
 from .pieces import wanted
-from .route import Counts, Plan, SlotTables, count_entries
+from .route import Counts, Plan, SlotTables, count_by_piece, count_entries
 
 __all__ = ["DeepEP", "DeepEPHandle", "usable"]
 
@@ -148,10 +148,10 @@ class DeepEP(Dispatcher[DeepEPHandle]):
         A line ends with whether a token of this rank names an expert twice.
         """
         grid = self._grid
-        final_CR = wanted(tables.rank_P1[slots_TK], grid.num_ranks).sum(dim=0, keepdim=True)
+        final_CR = count_by_piece(wanted(tables.rank_P1[slots_TK], grid.num_ranks), 1)
         first_CG = final_CR
         if self._plan.two_hops:
-            first_CG = wanted(tables.node_P1[slots_TK], grid.num_nodes).sum(dim=0, keepdim=True)
+            first_CG = count_by_piece(wanted(tables.node_P1[slots_TK], grid.num_nodes), 1)
         nodes = None if self.options.node_limit is None else tables.node_P1
         census = take_census(experts_TK, slots_TK, declared, nodes, grid.num_nodes)
         entries_P = count_entries(slots_TK, self.layout.num_slots)

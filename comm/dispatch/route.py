@@ -128,7 +128,7 @@ class Plan:
 
     def __init__(self, grid: NodeGrid, ep_rank: int, slots_per_rank: int, num_pieces: int) -> None:
         self._grid = grid
-        self._node, self._index = grid.node_of(ep_rank), grid.index_of(ep_rank)
+        self._index = grid.index_of(ep_rank)
         self._slots_per_rank = slots_per_rank
         self.two_hops = grid.num_nodes > 1 and grid.ranks_per_node > 1
         self.num_pieces = num_pieces if self.two_hops else 1
