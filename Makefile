@@ -48,9 +48,14 @@ bench: $(STAMP)
 	$(BIN)/python -m bench.pipeline
 	$(BIN)/python -m bench.simulate
 	$(BIN)/python -m bench.dispatch
+	$(BIN)/python -m bench.activation_memory
+	$(BIN)/python -m bench.fp8_training
 
 # A GPU machine brings its own torch, matched to its driver, and may have no network.
 gpu:
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
 	$(PYTHON) -m pytest tests/gpu
 	$(PYTHON) -m bench.gpu
+	$(PYTHON) -m bench.activation_memory
+	$(PYTHON) -m bench.fp8_training --device cuda --scale 4 --batch 64 --steps 1000 --jobs 1
+	$(PYTHON) -m bench.fp8_kernels

@@ -9,27 +9,45 @@ from .dispatch.sizes import record_starts, slot_bytes
 
 _SCALE_BYTES = 4  # a float32
 _WEIGHT_BYTES = 4  # a float32
+_TILE = 128
+
+
+class Elements(NamedTuple):
+    """How a row's elements travel.
+
+    Attributes:
+        bits: of an element: 8, 16 or 32; or 10, of which four are packed in five bytes.
+        scales: float32 numbers that each tile of 1x128 has beside its elements.
+    """
+
+    bits: int
+    scales: int = 0
+
+    def parts(self, hidden: int) -> list[tuple[int, int]]:
+        """What `hidden` elements are made of: (bytes of an item, items) of each part."""
+        scales = [(_SCALE_BYTES, -(-hidden // _TILE))] * self.scales
+        if self.bits == 10:
+            return [(1, 5 * -(-hidden // 4)), *scales]
+        return [(self.bits // 8, hidden), *scales]
 
 
 @dataclass(frozen=True)
 class PayloadSizes:
-    """How elements of rows travel.
+    """How elements of rows travel there and back.
 
     Attributes:
         name: as users know it.
-        spread_bytes: of an element on its way to the experts: dispatch(F) and combine(B).
-        gather_bytes: of an element on its way back: combine(F) and dispatch(B).
-        tile: elements that share a float32 scale where rows are spread; 0: there are no scales.
+        to_experts: in a spread: dispatch(F) and combine(B).
+        back: in a gather: combine(F) and dispatch(B).
     """
 
     name: str
-    spread_bytes: int
-    gather_bytes: int
-    tile: int = 0
+    to_experts: Elements
+    back: Elements
 
     @classmethod
     def named(cls, name: str) -> PayloadSizes:
-        """The payload called "fp32", "bf16" or "fp8".
+        """The payload called "fp32", "bf16", "fp8", "logfmt8" or "logfmt10".
 
         Raises:
             ValueError: no payload is called so.
@@ -42,18 +60,17 @@ class PayloadSizes:
 
     def parts(self, hidden: int, *, spread: bool) -> list[tuple[int, int]]:
         """What a row of `hidden` elements is made of: (bytes of an item, items) of each part."""
-        if not spread:
-            return [(self.gather_bytes, hidden)]
-        scales = [(_SCALE_BYTES, -(-hidden // self.tile))] if self.tile else []
-        return [(self.spread_bytes, hidden), *scales]
+        return (self.to_experts if spread else self.back).parts(hidden)
 
 
 # fp8 is E4M3 with a scale for each 1x128 tile on the way to the experts, BF16 on the way back
-# (arXiv 2412.19437, section 3.2.2).
+# (arXiv 2412.19437, section 3.2.2); LogFMT has two numbers for each tile (2505.09343, section 3.2).
 PAYLOADS = (
-    PayloadSizes("bf16", 2, 2),
-    PayloadSizes("fp32", 4, 4),
-    PayloadSizes("fp8", 1, 2, tile=128),
+    PayloadSizes("bf16", Elements(16), Elements(16)),
+    PayloadSizes("fp32", Elements(32), Elements(32)),
+    PayloadSizes("fp8", Elements(8, scales=1), Elements(16)),
+    PayloadSizes("logfmt8", Elements(8, scales=2), Elements(16)),
+    PayloadSizes("logfmt10", Elements(10, scales=2), Elements(10, scales=2)),
 )
 
 

@@ -19,6 +19,7 @@ def check(config: Config) -> None:
         ValueError: one line that says what does not fit, and what would.
     """
     check_sizes(config)
+    _check_backend(config)
     open_data(config)
     if config.data.kind == "tokens":
         require_ids(config.data.path)
@@ -34,6 +35,11 @@ def check_sizes(config: Config) -> None:
     if config.run.nproc:
         mesh.require_world_size(config.run.nproc)
     mesh.require_experts(model.n_routed_experts)
+    if config.fp8.enabled and config.train.dtype == "float64":
+        raise ConfigError(
+            "fp8.enabled with train.dtype=float64: layers in FP8 take and give bfloat16 or "
+            "float32; set train.dtype to bfloat16 (as DeepSeek-V3) or float32"
+        )
     schedules = step_schedules(config)
     stages = schedules[config.schedule.microbatches].num_stages
     try:
@@ -52,6 +58,19 @@ def check_sizes(config: Config) -> None:
             f"data.sequence_length={config.data.sequence_length} leaves nothing to predict at "
             f"model.num_nextn_predict_layers={model.num_nextn_predict_layers}"
         )
+
+
+def _check_backend(config: Config) -> None:
+    """Raise unless the backend of FP8 that is asked for by name can serve on this machine."""
+    if not config.fp8.enabled or config.fp8.backend == "auto":
+        return
+    import torch
+
+    from .fp8 import require_backend
+    from .torchrun import choose_device
+
+    processes = config.run.nproc or config.mesh.world_size
+    require_backend(config, torch.device(choose_device(config.run.device, processes)))
 
 
 def step_schedules(config: Config) -> dict[int, Schedule]:

@@ -12,12 +12,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from ..comm.dispatch.names import DispatcherName, PayloadName
 from ..model import ModelConfig
 from ..parallel.mesh import MeshShape
 from ..parallel.schedule import names
+from .fp8_config import FP8Config, RecomputeConfig
+from .guards import require, require_choice
 from .settings import (
     ConfigError,
     Given,
@@ -33,6 +35,7 @@ from .settings import (
 Device = Literal["auto", "cpu", "cuda"]
 DataKind = Literal["stdlib", "text", "tokens"]
 DType = Literal["float32", "float64", "bfloat16"]
+Moments = Literal["float32", "bfloat16"]
 
 _HF = "model.hf"  # not a field of ModelConfig: where its fields are read from
 
@@ -56,11 +59,11 @@ class RunConfig:
             raise ValueError(f"run.name must be a plain folder name, got {self.name!r}")
         if not self.folder:
             raise ValueError("run.folder must not be empty; '.' is the current folder")
-        _require("run.seed", self.seed, self.seed >= 0, "0 or more")
-        _require("run.nproc", self.nproc, self.nproc >= 0, "0 (as the mesh has) or more")
-        _require("run.port", self.port, 0 <= self.port < 65536, "0 (any) to 65535")
-        _choice("run.device", self.device, Device)
-        _require("run.timeout_s", self.timeout_s, 0 < self.timeout_s < math.inf, "above 0")
+        require("run.seed", self.seed, self.seed >= 0, "0 or more")
+        require("run.nproc", self.nproc, self.nproc >= 0, "0 (as the mesh has) or more")
+        require("run.port", self.port, 0 <= self.port < 65536, "0 (any) to 65535")
+        require_choice("run.device", self.device, Device)
+        require("run.timeout_s", self.timeout_s, 0 < self.timeout_s < math.inf, "above 0")
 
     @property
     def path(self) -> Path:
@@ -81,9 +84,9 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError("schedule.name must not be empty")
-        _require("schedule.microbatches", self.microbatches, self.microbatches >= 1, "1 or more")
+        require("schedule.microbatches", self.microbatches, self.microbatches >= 1, "1 or more")
         stages = self.stages_per_rank
-        _require("schedule.stages_per_rank", stages, stages is None or stages >= 1, "1 or more")
+        require("schedule.stages_per_rank", stages, stages is None or stages >= 1, "1 or more")
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,11 @@ class DispatchConfig:
         "flat: a row for each of a token's experts; dedup: one for each rank; two_hop: one for "
         "each node, and from there to its ranks; deep_ep: DeepEP's kernels; auto: by the topology",
     )
-    payload: PayloadName = option(  # noqa: RUF009
-        "exact",
+    payload: Literal["auto", PayloadName] = option(
+        "auto",
         "exact: rows travel in train.dtype; bf16; fp8: to the experts in E4M3 with scales of 1x128 "
-        "tiles, back in bf16",
+        "tiles, back in bf16; logfmt8: LogFMT-8 instead of E4M3; logfmt10: LogFMT-10 both ways; "
+        "auto: fp8 where fp8.enabled, else exact",
     )
     chunks: int = option(4, "pieces of a micro-batch that two_hop has on their way at once")
     node_limit: int | None = option(
@@ -108,11 +112,11 @@ class DispatchConfig:
     )
 
     def __post_init__(self) -> None:
-        _choice("dispatch.backend", self.backend, DispatcherName)
-        _choice("dispatch.payload", self.payload, PayloadName)
-        _require("dispatch.chunks", self.chunks, self.chunks >= 1, "1 or more")
+        require_choice("dispatch.backend", self.backend, DispatcherName)
+        require_choice("dispatch.payload", self.payload, Literal["auto", PayloadName])
+        require("dispatch.chunks", self.chunks, self.chunks >= 1, "1 or more")
         limit = self.node_limit
-        _require("dispatch.node_limit", limit, limit is None or limit >= 0, "0 or more")
+        require("dispatch.node_limit", limit, limit is None or limit >= 0, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class DataConfig:
     validation_fraction: float = option(0.1, "share of the corpus held out, by whole documents")
 
     def __post_init__(self) -> None:
-        _choice("data.kind", self.kind, DataKind)
+        require_choice("data.kind", self.kind, DataKind)
         if self.kind == "stdlib" and self.path:
             raise ValueError(
                 f'data.path is {self.path!r}, but data.kind "stdlib" reads no path; '
@@ -137,10 +141,10 @@ class DataConfig:
             )
         if self.kind != "stdlib" and not self.path:
             raise ValueError(f'data.kind "{self.kind}" needs data.path')
-        _require(
+        require(
             "data.sequence_length", self.sequence_length, self.sequence_length >= 1, "1 or more"
         )
-        _require(
+        require(
             "data.validation_fraction",
             self.validation_fraction,
             0 < self.validation_fraction < 1,
@@ -168,7 +172,20 @@ class TrainConfig:
     weight_decay: float = option(0.1, "AdamW's weight decay, of matrices only")
     grad_clip: float = option(1.0, "limit of the global gradient norm, 0 for none")
     dtype: DType = option(  # noqa: RUF009
-        "float32", "of parameters and activations; bfloat16 keeps float32 master weights"
+        "float32",
+        "of parameters and activations; bfloat16 keeps float32 master weights and gradients",
+    )
+    moments: Literal["auto", Moments] = option(
+        "auto",
+        "in what AdamW keeps its two moments, which it computes with in float32 (float64 where "
+        "train.dtype is); bfloat16 halves them, as DeepSeek-V3; auto: bfloat16 where fp8.enabled, "
+        "else float32",
+    )
+    ema_decay: float | None = option(
+        None,
+        "decay of a moving average of the parameters, kept in CPU memory beside the training and "
+        "validated at the end (ema_validation_loss); the initial values have no share in it; "
+        "none: no average",
     )
     ramp_start: int = option(0, "micro-batches of the first step, 0 for no batch-size ramp")
     ramp_steps: int = option(0, "steps until the batch has its full size")
@@ -190,22 +207,27 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "sequences", "eval_batches", "log_every"):
             value = getattr(self, name)
-            _require(f"train.{name}", value, value >= 1, "1 or more")
+            require(f"train.{name}", value, value >= 1, "1 or more")
         for name in (
             *("warmup_steps", "constant_steps", "cosine_steps", "final_steps"),
             *("ramp_start", "ramp_steps", "mtp_switch_step", "bias_stop_step", "eval_every"),
         ):
             value = getattr(self, name)
-            _require(f"train.{name}", value, value is None or value >= 0, "0 or more")
+            require(f"train.{name}", value, value is None or value >= 0, "0 or more")
         for name in (
             *("lr", "lr_min", "lr_final", "weight_decay", "grad_clip", "eps"),
             *("mtp_weight", "mtp_weight_later", "bias_update_speed"),
         ):
             value = getattr(self, name)
-            _require(f"train.{name}", value, 0 <= value < math.inf, "0 or more and finite")
+            require(f"train.{name}", value, 0 <= value < math.inf, "0 or more and finite")
         for beta in self.betas:
-            _require("train.betas", self.betas, 0 <= beta < 1, "from 0 to below 1, both")
-        _choice("train.dtype", self.dtype, DType)
+            require("train.betas", self.betas, 0 <= beta < 1, "from 0 to below 1, both")
+        require_choice("train.dtype", self.dtype, DType)
+        require_choice("train.moments", self.moments, Literal["auto", Moments])
+        decay = self.ema_decay
+        require(
+            "train.ema_decay", decay, decay is None or 0 < decay < 1, "above 0 and below 1, or none"
+        )
         if self.lr_min > self.lr:
             raise ValueError(f"train.lr_min={self.lr_min} must not be above train.lr={self.lr}")
         phases = self.warmup_steps + self.final_steps
@@ -257,6 +279,34 @@ class Config:
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    fp8: FP8Config = field(default_factory=FP8Config)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+
+    def __post_init__(self) -> None:
+        if self.moments == "bfloat16":
+            from ..fp8.adamw import require_betas
+
+            try:
+                require_betas(self.train.betas)
+            except ValueError as error:
+                of_recipe = " (auto, with fp8.enabled)" if self.train.moments == "auto" else ""
+                raise ValueError(f"train.moments{of_recipe} and train.betas: {error}") from None
+
+    @property
+    def payload(self) -> PayloadName:
+        """dispatch.payload, decided."""
+        given = self.dispatch.payload
+        if given == "auto":
+            return "fp8" if self.fp8.enabled else "exact"
+        return given
+
+    @property
+    def moments(self) -> Moments:
+        """train.moments, decided."""
+        given = self.train.moments
+        if given == "auto":
+            return "bfloat16" if self.fp8.enabled else "float32"
+        return given
 
     @property
     def global_batch(self) -> int:
@@ -311,15 +361,3 @@ def _hugging_face(given: Given) -> ModelConfig:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ConfigError(f"{given.source}: {_HF} {given.value!r}: {reason}") from None
-
-
-def _require(key: str, value: object, fine: bool, wanted: str) -> None:
-    if not fine:
-        raise ValueError(f"{key} must be {wanted}, got {value}")
-
-
-def _choice(key: str, value: str, kind: object) -> None:
-    """Guards a field of the Literal type `kind` where Python code, not the loader, gives it."""
-    choices = get_args(kind)
-    if value not in choices:
-        raise ValueError(f"{key} must be one of {', '.join(choices)}, got {value!r}")

@@ -18,14 +18,18 @@ from torch.nn import Parameter
 
 from ..comm.collectives import sum_over
 from ..comm.dispatch import Dispatcher, dispatcher
+from ..fp8.recipe import Recipe
 from ..model import ModelConfig, build_parts, partition, shared_parameters, updated_bias
+from ..model.build import Recompute
 from ..model.experts import Experts
 from ..model.router import Router
+from ..parallel.accumulate import accumulate_in_float32
 from ..parallel.gradients import sum_gradients
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline import Pipeline
 from ..parallel.replicas import holders
 from ..parallel.schedule import Schedule
+from .ema import EMA
 from .optim import Optimizer, clip_by_global_norm
 
 LOSS_NAMES = ("mtp", "balance")
@@ -67,13 +71,19 @@ class Engine:
         experts: moves tokens to their experts and back; by default what the topology calls for.
         dtype: of parameters and activations.
         device: where this rank computes.
+        recipe: how linear layers are computed in FP8; None computes them in `dtype`.
+        recompute: what the backward makes again rather than keeps; nothing by default.
         betas, eps, weight_decay: of AdamW.
+        moments: dtype in which AdamW keeps its moments, float32 or bfloat16.
+        ema_decay: of the parameters' moving average; None keeps none.
         timeout_s: limit of every wait, seconds.
 
     Attributes:
         parts: the model's parts on this rank, by stage.
         experts: the dispatcher that they share.
-        parameters: this rank's parameters by name; a name is one parameter on every rank.
+        parameters: this rank's parameters by name; a name is one parameter on every rank. Below
+            float32, their gradients are float32.
+        ema: their moving average, if there is one; to be closed at the end.
     """
 
     def __init__(
@@ -85,9 +95,13 @@ class Engine:
         experts: Dispatcher[Any] | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
+        recipe: Recipe | None = None,
+        recompute: Recompute | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
+        moments: torch.dtype = torch.float32,
+        ema_decay: float | None = None,
         timeout_s: float = 300.0,
     ) -> None:
         self.mesh = mesh
@@ -104,7 +118,15 @@ class Engine:
                 "drift apart; use a layout with one slot for each expert"
             )
         self.experts = experts
-        built = build_parts(config, [cut[s] for s in held], experts, dtype=dtype, device=device)
+        built = build_parts(
+            config,
+            [cut[s] for s in held],
+            experts,
+            dtype=dtype,
+            device=device,
+            recipe=recipe,
+            recompute=recompute,
+        )
         self.parts = dict(zip(held, built, strict=True))
         last = self.parts.get(schedule.num_stages - 1)
         self.tied = shared_parameters(config, schedule.num_stages)
@@ -120,6 +142,7 @@ class Engine:
         self.parameters: dict[str, Parameter] = {
             name: p for part in built for name, p in part.named_parameters()
         }
+        accumulate_in_float32(self.parameters.values())
         self._experts = {
             id(p)
             for part in built
@@ -137,8 +160,16 @@ class Engine:
         self._router_rows = _router_rows(config)
         self._device = device or torch.device("cpu")
         self.optimizer = Optimizer(
-            self.parameters.items(), betas=betas, eps=eps, weight_decay=weight_decay
+            self.parameters.items(),
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            moments=moments,
         )
+        self.ema: EMA | None = None
+        if ema_decay is not None:
+            masters = self.optimizer.masters
+            self.ema = EMA(self.parameters.items(), ema_decay, masters=masters, timeout_s=timeout_s)
 
     def step(
         self,
@@ -175,8 +206,16 @@ class Engine:
                     f"the gradient norm is {norm} with a loss of {losses['main']:g}; training "
                     "cannot go on: lower train.lr, or lengthen train.warmup_steps"
                 )
-            self.optimizer.step(lr)
+            self._update(lr)
             return StepResult(losses, norm, self._balance(bias_update_speed))
+
+    def _update(self, lr: float) -> None:
+        """The optimizer's update; the average goes on while the next step begins."""
+        if self.ema is not None:
+            self.ema.before_change()
+        self.optimizer.step(lr)
+        if self.ema is not None:
+            self.ema.update()
 
     def gradients(self, inputs: Tensor, targets: Tensor) -> None:
         """Forward and backward: `.grad` becomes the gradient of the global batch's mean loss."""

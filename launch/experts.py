@@ -23,7 +23,7 @@ def make_experts(config: Config, mesh: Mesh) -> Dispatcher[Any]:
             wanted.backend,
             mesh,
             num_experts=num_experts,
-            payload=wanted.payload,
+            payload=config.payload,
             node_limit=_node_limit(config, mesh),
             chunks=wanted.chunks,
             hidden=config.model.hidden_size,

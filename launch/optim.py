@@ -3,7 +3,8 @@
 DeepSeek-V3 gives AdamW's betas and a weight decay of 0.1 (arXiv 2412.19437, section 4.2) and does
 not say what is exempt from decay. Here matrices decay (embeddings and stacked experts included),
 and parameters of one dimension, which are norms and biases, do not: a decay would pull a norm's
-gain to 0, not to its neutral 1.
+gain to 0, not to its neutral 1. It keeps both moments in bfloat16 (section 3.3.3); that is a
+choice here.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ..comm.collectives import sum_over
 from ..comm.waiting import WaitBoard
+from ..fp8.adamw import AdamW
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +36,15 @@ class Optimizer:
     A parameter of float32 or float64 is updated in place. For one of lower precision the master is
     what AdamW updates, with the gradient raised to float32, and the parameter is its rounding: an
     update far smaller than the parameter is not lost.
+
+    Args:
+        named_parameters: what is trained.
+        betas, eps, weight_decay: of AdamW.
+        moments: dtype of AdamW's two moments: float32, which stands for that of what is updated
+            and is torch's AdamW, or bfloat16 (see `fp8.adamw`).
+
+    Raises:
+        ValueError: moments of another dtype, or betas that bfloat16 moments cannot follow.
     """
 
     def __init__(
@@ -43,6 +54,7 @@ class Optimizer:
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
+        moments: torch.dtype = torch.float32,
     ) -> None:
         self._parameters = dict(named_parameters)
         self._updated = {name: _master(p) for name, p in self._parameters.items()}
@@ -54,17 +66,30 @@ class Optimizer:
             )
         ]
         groups = [group for group in groups if group["params"]]
-        self._adam = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps)
+        if moments not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"moments must be torch.float32 or torch.bfloat16, got {moments}")
+        self._moments = moments
+        make = torch.optim.AdamW if moments == torch.float32 else AdamW
+        self._adam = make(groups, lr=0.0, betas=betas, eps=eps)
+
+    @property
+    def masters(self) -> dict[str, Tensor]:
+        """What AdamW updates in the stead of parameters of lower precision, by name."""
+        return {
+            name: updated.detach()
+            for name, updated in self._updated.items()
+            if updated is not self._parameters[name]
+        }
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """One update with the gradients in `.grad`; a parameter without one stays as it is."""
         for group in self._adam.param_groups:
             group["lr"] = lr
-        for parameter, updated in self._masters():
+        for parameter, updated in self._pairs():
             updated.grad = None if parameter.grad is None else parameter.grad.to(updated.dtype)
         self._adam.step()
-        for parameter, updated in self._masters():
+        for parameter, updated in self._pairs():
             parameter.copy_(updated)
             updated.grad = None
 
@@ -79,17 +104,19 @@ class Optimizer:
         The tensors are the optimizer's own, not copies. A parameter that has had no update has no
         moments.
         """
-        state: dict[str, dict[str, Tensor]] = {}
-        for name, updated in self._updated.items():
-            entry: dict[str, Tensor] = dict(self._adam.state.get(updated, {}))
-            if updated is not self._parameters[name]:
-                entry["master"] = updated.detach()
-            state[name] = entry
+        state: dict[str, dict[str, Tensor]] = {
+            name: dict(self._adam.state.get(updated, {})) for name, updated in self._updated.items()
+        }
+        for name, master in self.masters.items():
+            state[name]["master"] = master
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Take over (by copy) what `state_dict` gave for parameters of the same names.
+
+        Moments come to have this optimizer's dtype, whatever they had: float32 ones are rounded to
+        bfloat16, as their next update would do; bfloat16 ones are raised, which is exact.
 
         Raises:
             ValueError: the names differ, or a master is missing or in excess.
@@ -114,14 +141,15 @@ class Optimizer:
                 self._parameters[name].copy_(updated)
             if entry:
                 # The step counter stays on the CPU, as AdamW made it; moments lie with the weights.
-                self._adam.state[updated] = {
-                    key: value.clone() if value.dim() == 0 else value.to(updated, copy=True)
-                    for key, value in entry.items()
-                }
+                step = entry.pop("step").clone()
+                low = self._moments == torch.bfloat16
+                dtype = torch.bfloat16 if low else updated.dtype
+                moments = {k: v.to(updated.device, dtype, copy=True) for k, v in entry.items()}
+                self._adam.state[updated] = {"step": step, **moments}
             else:
                 self._adam.state.pop(updated, None)
 
-    def _masters(self) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
+    def _pairs(self) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
         for name, parameter in self._parameters.items():
             if self._updated[name] is not parameter:
                 yield parameter, self._updated[name]

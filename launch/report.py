@@ -39,6 +39,13 @@ _RESULTS = {
     "steps": "",
     "world_size": "processes",
 }
+# Units of what follows.
+_UNITS = {
+    **_RESULTS,
+    "dispatch.sent_bytes": "bytes, all ranks",
+    "dispatch.crossed_bytes": "bytes, all ranks",
+    "fp8.weight_bytes": "bytes, all ranks",
+}
 
 
 def write_report(folder: Path | str) -> Path:
@@ -112,10 +119,12 @@ def to_html(run: RunData, pictures: Mapping[str, str] | None) -> str:
 def _result_section(run: RunData) -> str:
     flat = _flatten(run.result)
     order = [key for key in _RESULTS if key in flat] + [key for key in flat if key not in _RESULTS]
-    rows = [(key.replace("_", " "), _show(flat[key]), _RESULTS.get(key, "")) for key in order]
+    rows = [(key.replace("_", " "), _show(flat[key]), _UNITS.get(key, "")) for key in order]
     if not rows:
         return '<p class="note">result.json is not there: the run has not ended in order.</p>'
-    return f"{_verdict(run)}\n<h2>Result</h2>\n{_table(('', 'value', 'unit'), rows)}"
+    return (
+        f"{_verdict(run)}\n{_precision(run)}<h2>Result</h2>\n{_table(('', 'value', 'unit'), rows)}"
+    )
 
 
 def _verdict(run: RunData) -> str:
@@ -129,6 +138,20 @@ def _verdict(run: RunData) -> str:
         f'<p class="verdict">Validation loss <strong>{loss:.3f}</strong> nats per token, '
         f"<strong>{abs(gap):.3f}</strong> {side} the unigram entropy of {entropy:.3f}.</p>"
     )
+
+
+def _precision(run: RunData) -> str:
+    """One sentence: what ran in FP8; nothing where nothing did."""
+    fp8 = run.fp8
+    if not fp8.get("enabled"):
+        return ""
+    names = dict.fromkeys(fp8.get("backends", {}).values())
+    text = (
+        f"Linear layers ran in FP8: scales {fp8.get('scales')}, gradients "
+        f"{fp8.get('gradient_format')}, products by {', '.join(names)} ({fp8.get('why')}); "
+        f"{_show(fp8.get('weight_bytes'))} bytes of weights in FP8."
+    )
+    return f"<p>{escape(text)}</p>\n"
 
 
 def _loss_section(run: RunData, picture: str) -> str:

@@ -115,6 +115,12 @@ class RunData:
         """Nats per token, or None."""
         return number(self.result.get("unigram_entropy"))
 
+    @property
+    def fp8(self) -> dict[str, Any]:
+        """What ran in FP8, as result.json has it; empty for a run that does not tell."""
+        found = self.result.get("fp8")
+        return found if isinstance(found, dict) else {}
+
 
 def read_run(folder: Path) -> RunData:
     """Read a run's folder.

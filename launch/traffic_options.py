@@ -57,7 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", metavar="N", help="of random (0)")
     add("--layout", metavar="FILE", help="JSON list of the expert in each slot, rank by rank")
     add("--hidden", metavar="D", help=f"elements of a row ({_HIDDEN})")
-    add("--payload", metavar="NAME", help="bf16, fp32, or fp8 to the experts and bf16 back (bf16)")
+    add(
+        "--payload",
+        metavar="NAME",
+        help="bf16, fp32, or logfmt10; fp8 or logfmt8 to the experts and bf16 back (bf16)",
+    )
     add(
         "--links",
         metavar="NAME|TEXT",

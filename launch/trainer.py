@@ -7,7 +7,8 @@ import logging
 import os
 import time
 from collections import deque
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from torch import Tensor
 from counterflow import __version__  # the root package is no room, so no relative import finds it
 
 from ..comm.collectives import gather, sum_over
+from ..fp8 import NonFiniteError
 from ..model import num_active_parameters, num_parameters
 from ..parallel.mesh import Mesh
 from ..parallel.schedule import Schedule
 from ..parallel.schedule.text_form import to_text
+from . import fp8
 from .check import open_data, step_schedules
 from .config import Config
 from .data import Loader, unigram_entropy
@@ -54,6 +57,7 @@ def train(config: Config, folder: Path) -> None:
     where = _Whereabouts(place.rank)
     with SignalWatch(where.line):
         device = _device(config, place)
+        fp8.require_backend(config, device)
         # CPU tensors, such as headers of transfers, travel over gloo in either case.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         with joined(place, backend, timeout_s=limit_s):
@@ -63,8 +67,13 @@ def train(config: Config, folder: Path) -> None:
             where.doing = "building the model"
             run = _Run(config, mesh, device, folder)
             where.run = run
-            run.all_steps()
-            result = run.finish()
+            with run.engine.ema or nullcontext():
+                try:
+                    run.all_steps()
+                except NonFiniteError as error:  # names the layer
+                    position = run.engine.pipeline.position
+                    raise NonFiniteError(f"step {run.step}, {position}: {error}") from error
+                result = run.finish()
             run.engine.experts.close()
             if result is not None:
                 _conclude(folder, result)
@@ -109,9 +118,13 @@ class _Run:
             experts=make_experts(config, mesh),
             dtype=getattr(torch, train_config.dtype),
             device=device,
+            recipe=fp8.make_recipe(config),
+            recompute=fp8.make_recompute(config),
             betas=train_config.betas,
             eps=train_config.eps,
             weight_decay=train_config.weight_decay,
+            moments=getattr(torch, config.moments),
+            ema_decay=train_config.ema_decay,
             timeout_s=config.run.timeout_s,
         )
         self.loader = self._loader(self.corpus.train)
@@ -120,6 +133,7 @@ class _Run:
         self.tokens = 0
         self.recent: deque[StepResult] = deque(maxlen=_LAST)
         self.validation_loss = float("nan")
+        self.ema_validation_loss: float | None = None  # of the averaged parameters, if there are
 
     def where(self) -> str:
         """One line that says what this rank is doing."""
@@ -158,16 +172,17 @@ class _Run:
                     )
                 if step == train.steps or (train.eval_every and step % train.eval_every == 0):
                     self.validation_loss = self._validate()
+                    if step == train.steps and self.engine.ema is not None:
+                        with self.engine.ema.swapped():
+                            self.ema_validation_loss = self._validate()
                     if metrics and progress:
-                        metrics.write("validation", step, loss=self.validation_loss)
-                        progress.note(
-                            f"step {step}: validation {self.validation_loss:.4f} nats a token"
-                        )
+                        self._write_validation(metrics, progress, step)
 
     def finish(self) -> dict[str, Any] | None:
         """Gather what the report needs and write it; returns the result on rank 0."""
         self._write_timeline()
         dispatch = self._dispatch_totals()
+        in_fp8 = fp8.totals(self.config, self.engine, self.device)
         if self.mesh.rank:
             return None
         config, train = self.config, self.config.train
@@ -182,6 +197,7 @@ class _Run:
         return {
             "train_loss": float(np.mean([r.losses["main"] for r in results])),
             "validation_loss": self.validation_loss,
+            **self._averaged("ema_validation_loss"),
             "unigram_entropy": unigram_entropy(self.corpus.validation),
             "seconds": round(self.seconds, 3),
             "tokens_per_second": round(self.tokens / self.seconds, 1),
@@ -198,6 +214,9 @@ class _Run:
             "data": self.corpus.name,
             "device": str(self.device.type),
             "dtype": train.dtype,
+            "moments": config.moments,
+            "fp8": in_fp8,
+            "recompute": asdict(fp8.make_recompute(config)),
             "counterflow": __version__,
             "torch": torch.__version__,
         }
@@ -270,9 +289,9 @@ class _Run:
             f"pp {shape.pp} x dp {shape.dp} (ep {shape.ep}) on {nodes}, {self.device.type}; "
             f"{self.full.name}, {self.full.num_microbatches} micro-batches"
         )
-        if shape.ep == 1:
-            return line
-        return f"{line}; dispatch {experts.name}, {config.dispatch.payload} rows ({experts.why})"
+        if shape.ep > 1:
+            line = f"{line}; dispatch {experts.name}, {config.payload} rows ({experts.why})"
+        return "; ".join(filter(None, (line, fp8.introduction(config, self.device))))
 
     def _write(
         self, metrics: MetricsWriter, step: int, result: StepResult, lr: float, rate: float
@@ -291,6 +310,19 @@ class _Run:
             max_vio=result.max_vio,
         )
 
+    def _write_validation(self, metrics: MetricsWriter, progress: Progress, step: int) -> None:
+        averaged = self._averaged("ema_loss")
+        metrics.write("validation", step, loss=self.validation_loss, **averaged)
+        line = f"step {step}: validation {self.validation_loss:.4f} nats a token"
+        for loss in averaged.values():
+            line += f", {loss:.4f} of the averaged parameters"
+        progress.note(line)
+
+    def _averaged(self, key: str) -> dict[str, float]:
+        """The averaged parameters' loss under `key`; nothing where it was not measured."""
+        loss = self.ema_validation_loss
+        return {} if loss is None else {key: loss}
+
     def _dispatch_totals(self) -> dict[str, Any]:
         """Which dispatcher ran, and what all ranks sent with it."""
         experts = self.engine.experts
@@ -303,7 +335,7 @@ class _Run:
         return {
             "backend": experts.name,
             "why": experts.why,
-            "payload": self.config.dispatch.payload,
+            "payload": self.config.payload,
             "sent_bytes": sum(sent),
             "crossed_bytes": sum(crossed),
         }

@@ -1,29 +1,50 @@
 """Multi-head latent attention (arXiv 2412.19437, eq. 1-11), in its expanded form for training.
 
-Shapes: B sequences, L positions, D hidden, H heads; C and R are the compressed and rotated sizes.
+Shapes: B sequences, L positions, D hidden, H heads; C and R are the compressed and rotated sizes,
+d a head's size in queries and keys, v in values.
 """
 
 from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..fp8.carried import carry
 from ..parallel.chunk import WeightGradQueue
+from .build import Build
 from .config import ModelConfig
-from .linear import Linear, RMSNorm
+from .kept_attention import Expanded, KeptAttention
+from .linear import Linear, RMSNorm, side_by_side
 from .rope import Rotation, rotate, softmax_scale
 
 # The published code gives the norms of the latents this epsilon whatever rms_norm_eps is.
 _LATENT_EPS = 1e-6
 
 
+class Latents(NamedTuple):
+    """What queries, keys and values are expanded from.
+
+    Attributes:
+        query_BLC: compressed queries before their norm; the queries themselves where they are not
+            compressed.
+        key_value_BLC: compressed keys and values before their norm.
+        position_BLR: the part of the key that is rotated, which all heads share.
+    """
+
+    query_BLC: Tensor
+    key_value_BLC: Tensor
+    position_BLR: Tensor
+
+
 class Attention(nn.Module):
     """Causal latent attention; attribute names are the published weights' names."""
 
-    def __init__(
-        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, build: Build) -> None:
         super().__init__()
         hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
         self._heads = heads
@@ -31,57 +52,86 @@ class Attention(nn.Module):
         self._latent_sizes = [rank, config.qk_rope_head_dim]
         self._key_value_sizes = [config.qk_nope_head_dim, config.v_head_dim]
         self._scale = softmax_scale(config)
-
-        def linear(size_in: int, size_out: int) -> Linear:
-            return Linear(size_in, size_out, dtype=dtype, device=device)
-
-        def norm(size: int) -> RMSNorm:
-            return RMSNorm(size, _LATENT_EPS, dtype=dtype, device=device)
+        self._remade = build.recompute.up_projections
+        self._e5m6 = build.recipe is not None and build.recipe.e5m6
 
         query_size = heads * config.qk_head_dim
         if config.q_lora_rank is None:
-            self.q_proj = linear(hidden, query_size)
+            self.q_proj = Linear(hidden, query_size, build)
         else:
-            self.q_a_proj = linear(hidden, config.q_lora_rank)
-            self.q_a_layernorm = norm(config.q_lora_rank)
-            self.q_b_proj = linear(config.q_lora_rank, query_size)
+            self.q_a_proj = Linear(hidden, config.q_lora_rank, build)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, _LATENT_EPS, build)
+            self.q_b_proj = Linear(config.q_lora_rank, query_size, build)
         self._compresses_queries = config.q_lora_rank is not None
-        self.kv_a_proj_with_mqa = linear(hidden, sum(self._latent_sizes))
-        self.kv_a_layernorm = norm(rank)
-        self.kv_b_proj = linear(rank, heads * sum(self._key_value_sizes))
-        self.o_proj = linear(heads * config.v_head_dim, hidden)
+        self.kv_a_proj_with_mqa = Linear(hidden, sum(self._latent_sizes), build)
+        self.kv_a_layernorm = RMSNorm(rank, _LATENT_EPS, build)
+        self.kv_b_proj = Linear(rank, heads * sum(self._key_value_sizes), build)
+        self.o_proj = Linear(heads * config.v_head_dim, hidden, build)
+        self._down_call = build.call()  # of the products with x, side by side
 
     def forward(
         self, x_BLD: Tensor, rotation: Rotation, queue: WeightGradQueue | None = None
     ) -> Tensor:
         """[B, L, D] -> [B, L, D]; each position sees itself and those before it."""
-        query_BHLd = self._queries(x_BLD, rotation, queue)
-        key_BHLd, value_BHLv = self._keys_values(x_BLD, rotation, queue)
-        out_BHLv = F.scaled_dot_product_attention(
-            query_BHLd, key_BHLd, value_BHLv, is_causal=True, scale=self._scale
-        )
-        return self.o_proj(out_BHLv.transpose(1, 2).flatten(2), queue)
+        latents = self.latents(x_BLD, queue)
+        expanded = self.expand(latents, rotation, queue)
+        kept = None
+        if torch.is_grad_enabled() and (self._remade or self._e5m6):
+            given = Latents(*(x.detach() for x in latents))
+            remake = (lambda: self.expand(given, rotation)) if self._remade else None
+            kept = KeptAttention(expanded, remake, e5m6=self._e5m6)
+        out_BHLv = _attend(expanded, self._scale, kept)
+        out_BLW = out_BHLv.transpose(1, 2).flatten(2)
+        if kept is not None and self._e5m6:
+            carry(out_BLW, remake=kept.pack(out_BLW))
+        return self.o_proj(out_BLW, queue)
 
-    def _queries(self, x_BLD: Tensor, rotation: Rotation, queue: WeightGradQueue | None) -> Tensor:
-        """Eq. 6-9: [B, H, L, nope + rope]."""
+    def set_name(self, name: str) -> None:
+        """What errors call the product of the layers that take x."""
+        if self._down_call is not None:
+            first = "q_a_proj" if self._compresses_queries else "q_proj"
+            both = f"{name}.{first} and kv_a_proj_with_mqa"
+            self._down_call = replace(self._down_call, name=both)
+
+    def latents(self, x_BLD: Tensor, queue: WeightGradQueue | None = None) -> Latents:
+        """The products with x (eq. 1, 3, 6)."""
+        first = self.q_a_proj if self._compresses_queries else self.q_proj
+        layers = [first, self.kv_a_proj_with_mqa]
+        query, latent = side_by_side(x_BLD, layers, self._down_call, queue)
+        if self._down_call is not None and not (self._compresses_queries or self._remade):
+            # The norm keeps this, which as a part of one product would keep the queries as well.
+            latent = latent.clone()
+        return Latents(query, *latent.split(self._latent_sizes, dim=-1))
+
+    def expand(
+        self, latents: Latents, rotation: Rotation, queue: WeightGradQueue | None = None
+    ) -> Expanded:
+        """Queries, keys and values of all heads from the latents (eq. 1-9)."""
+        query = latents.query_BLC
         if self._compresses_queries:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BLD, queue)), queue)
-        else:
-            q = self.q_proj(x_BLD, queue)
-        content, position = q.unflatten(-1, (self._heads, -1)).split(self._query_sizes, dim=-1)
-        return torch.cat((content, rotate(position, rotation)), dim=-1).transpose(1, 2)
+            query = self.q_b_proj(self.q_a_layernorm(query), queue)
+        content, position = query.unflatten(-1, (self._heads, -1)).split(self._query_sizes, dim=-1)
+        query_BLHd = torch.cat((content, rotate(position, rotation)), dim=-1)
 
-    def _keys_values(
-        self, x_BLD: Tensor, rotation: Rotation, queue: WeightGradQueue | None
-    ) -> tuple[Tensor, Tensor]:
-        """Eq. 1-5: keys [B, H, L, nope + rope], whose rotated part all heads share, and values."""
-        latent_BLC, position_BLR = self.kv_a_proj_with_mqa(x_BLD, queue).split(
-            self._latent_sizes, dim=-1
-        )
-        key_value = self.kv_b_proj(self.kv_a_layernorm(latent_BLC), queue)
-        content, value = key_value.unflatten(-1, (self._heads, -1)).split(
+        key_value = self.kv_b_proj(self.kv_a_layernorm(latents.key_value_BLC), queue)
+        content, value_BLHv = key_value.unflatten(-1, (self._heads, -1)).split(
             self._key_value_sizes, dim=-1
         )
-        position = rotate(position_BLR.unsqueeze(2), rotation).expand(-1, -1, self._heads, -1)
-        key = torch.cat((content, position), dim=-1)
-        return key.transpose(1, 2), value.transpose(1, 2)
+        if not self._remade:
+            # The core keeps this, which as a part of one product would keep the keys' part as well.
+            value_BLHv = value_BLHv.contiguous()
+        position = rotate(latents.position_BLR.unsqueeze(2), rotation)
+        key_BLHd = torch.cat((content, position.expand(-1, -1, self._heads, -1)), dim=-1)
+        return Expanded(*(x.transpose(1, 2) for x in (query_BLHd, key_BLHd, value_BLHv)))
+
+
+def _attend(expanded: Expanded, scale: float, kept: KeptAttention | None) -> Tensor:
+    """Causal softmax attention: [B, H, L, v]."""
+    query, key, value = expanded
+    size = value.shape[-1]
+    if query.is_cpu and size < query.shape[-1]:
+        # torch's fused attention for CPUs wants heads of one size; the other one keeps all scores.
+        value = F.pad(value, (0, query.shape[-1] - size))
+    with kept.watching(Expanded(query, key, value)) if kept else nullcontext():
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    return out[..., :size]

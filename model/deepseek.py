@@ -13,10 +13,14 @@ from torch import Tensor, nn
 
 from ..comm.dispatch import Dispatcher
 from ..comm.dispatch import dispatcher as make_dispatcher
+from ..fp8.recipe import Recipe
 from ..parallel.chunk import Chunk, WeightGradQueue
 from ..parallel.deferred import linear
 from ..parallel.mesh import Mesh, MeshShape
+from .attention import Attention
+from .build import Build, Recompute
 from .config import ModelConfig
+from .experts import MLP, Experts
 from .initialise import initialise
 from .layer import DecoderLayer
 from .linear import Embedding, Linear, RMSNorm
@@ -34,28 +38,22 @@ class Backbone(nn.Module):
         config: ModelConfig,
         part: Part,
         dispatcher: Dispatcher[Any],
-        *,
-        dtype: torch.dtype,
-        device: torch.device | None = None,
+        build: Build,
     ) -> None:
         super().__init__()
         size = config.hidden_size
         self.embed_tokens = None
         if part.embed or (part.head and needs_embedding(config)):
-            self.embed_tokens = Embedding(config.vocab_size, size, dtype=dtype, device=device)
+            self.embed_tokens = Embedding(config.vocab_size, size, build)
         self.layers = nn.ModuleDict()
         for index in part.layers:
-            self.layers[str(index)] = DecoderLayer(
-                config, index, dispatcher, dtype=dtype, device=device
-            )
+            self.layers[str(index)] = DecoderLayer(config, index, dispatcher, build)
         self.norm = None
         if part.head:
-            self.norm = RMSNorm(size, config.rms_norm_eps, dtype=dtype, device=device)
+            self.norm = RMSNorm(size, config.rms_norm_eps, build)
             for depth in range(config.num_nextn_predict_layers):
                 index = config.num_hidden_layers + depth
-                self.layers[str(index)] = PredictionLayer(
-                    config, index, dispatcher, dtype=dtype, device=device
-                )
+                self.layers[str(index)] = PredictionLayer(config, index, dispatcher, build)
 
 
 class DeepSeekV3(nn.Module):
@@ -71,6 +69,8 @@ class DeepSeekV3(nn.Module):
             of them in this process.
         dtype: of the weights; routers have float32 at least.
         device: of the weights; "meta" leaves them without values.
+        recipe: how linear layers are computed in FP8; None computes them in `dtype`. See `Build`.
+        recompute: what the backward makes again rather than keeps; nothing by default.
 
     Attributes:
         config, part: as given.
@@ -89,6 +89,8 @@ class DeepSeekV3(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        recipe: Recipe | None = None,
+        recompute: Recompute | None = None,
     ) -> None:
         super().__init__()
         part = part or Part.whole(config)
@@ -103,11 +105,15 @@ class DeepSeekV3(nn.Module):
         self.config = config
         self.part = part
         self.mtp_loss_weight = 0.3
-        self.model = Backbone(config, part, dispatcher, dtype=dtype, device=device)
+        build = Build(dtype, device, recipe, recompute or Recompute())
+        self.model = Backbone(config, part, dispatcher, build)
         self.lm_head = None
         if part.head and not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype=dtype, device=device)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, build, fp8=False)
         self._rotary = RotaryTable(config, dtype)
+        for name, module in self.named_modules():
+            if isinstance(module, Attention | Linear | MLP | Experts):
+                module.set_name(name)
         initialise(self, std=config.initializer_range, seed=config.init_seed)
 
     def forward(self, x: Tensor, chunk: Chunk | None = None) -> Tensor:
@@ -247,6 +253,8 @@ def build_parts(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
+    recipe: Recipe | None = None,
+    recompute: Recompute | None = None,
 ) -> list[DeepSeekV3]:
     """The parts that one rank holds; a parameter that several of them have is one object.
 
@@ -255,7 +263,18 @@ def build_parts(
 
     Args and errors: as of `DeepSeekV3`.
     """
-    models = [DeepSeekV3(config, part, dispatcher, dtype=dtype, device=device) for part in parts]
+    models = [
+        DeepSeekV3(
+            config,
+            part,
+            dispatcher,
+            dtype=dtype,
+            device=device,
+            recipe=recipe,
+            recompute=recompute,
+        )
+        for part in parts
+    ]
     holders = [m.model.embed_tokens for m in models if m.model.embed_tokens is not None]
     for holder in holders[1:]:
         holder.weight = holders[0].weight

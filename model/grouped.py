@@ -4,7 +4,9 @@ Shapes: N rows grouped by expert, E experts, D input size, K output size. `count
 each expert; zeros are fine, and so is N = 0.
 
 The reference is a loop over experts and serves every device and dtype. On a GPU with compute
-capability 8 or more, bfloat16 goes through `torch.nn.functional.grouped_mm`.
+capability 8 or more, bfloat16 goes through `torch.nn.functional.grouped_mm`. That kernel writes
+bfloat16, so a weight gradient that is added up in float32 is rounded once a micro-batch there; the
+loop does not round.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..parallel.accumulate import add_product, grad_dtype
 from ..parallel.chunk import WeightGradQueue
 
 
@@ -80,14 +83,15 @@ class _GroupedLinear(torch.autograd.Function):
         grad_rows = _rows_times(grad_NK, weight_EKD, counts) if needs_rows else None
         grad_weight = None
         if needs_weight and queue is None:
-            grad_weight = torch.zeros_like(weight_EKD)
+            grad_weight = torch.zeros_like(weight_EKD, dtype=grad_dtype(weight_EKD))
             _add_weight_grad(grad_weight, grad_NK, rows_ND, counts)
         elif needs_weight and queue is not None:
+            waiting_ND = rows_ND.detach()  # or the graph that made it would wait as well
 
             def work() -> None:
                 if weight_EKD.grad is None:
-                    weight_EKD.grad = torch.zeros_like(weight_EKD)
-                _add_weight_grad(weight_EKD.grad, grad_NK, rows_ND, counts)
+                    weight_EKD.grad = torch.zeros_like(weight_EKD, dtype=grad_dtype(weight_EKD))
+                _add_weight_grad(weight_EKD.grad, grad_NK, waiting_ND, counts)
 
             queue.put(work)
         return grad_rows, grad_weight, None, None
@@ -95,7 +99,7 @@ class _GroupedLinear(torch.autograd.Function):
 
 def _rows_times(rows_NA: Tensor, weight_EAB: Tensor, counts: list[int]) -> Tensor:
     """Each row times its expert's matrix: [N, B]."""
-    if _has_kernel(rows_NA, weight_EAB):
+    if _has_kernel(rows_NA, weight_EAB, weight_EAB.shape[1:]):
         return F.grouped_mm(rows_NA.contiguous(), weight_EAB, offs=_ends(counts, rows_NA.device))
     out_NB = rows_NA.new_empty(len(rows_NA), weight_EAB.shape[2])
     for expert, rows in _slices(counts):
@@ -105,28 +109,28 @@ def _rows_times(rows_NA: Tensor, weight_EAB: Tensor, counts: list[int]) -> Tenso
 
 def _add_weight_grad(into_EKD: Tensor, grad_NK: Tensor, rows_ND: Tensor, counts: list[int]) -> None:
     """into[e] += grad[rows of e].T @ rows[rows of e]; experts without rows are not touched."""
-    if _has_kernel(grad_NK, into_EKD):
+    if _has_kernel(grad_NK, rows_ND, into_EKD.shape[1:]):
         ends = _ends(counts, rows_ND.device)
         product = F.grouped_mm(grad_NK.contiguous().t(), rows_ND.contiguous(), offs=ends)
         # What the kernel leaves in the slice of an empty group is not specified.
         filled = torch.tensor([e for e, _ in _slices(counts)], device=rows_ND.device)
         if len(filled):
-            into_EKD.index_add_(0, filled, product.index_select(0, filled))
+            into_EKD.index_add_(0, filled, product.index_select(0, filled).to(into_EKD.dtype))
         return
     for expert, rows in _slices(counts):
-        # As addmm(out=), not addmm_, which torch's FLOP counter does not know.
-        into = into_EKD[expert]
-        torch.addmm(into, grad_NK[rows].t(), rows_ND[rows], out=into)
+        add_product(into_EKD[expert], grad_NK[rows].t(), rows_ND[rows])
 
 
-def _has_kernel(rows: Tensor, weight: Tensor) -> bool:
-    """Whether torch's grouped kernel takes these: bfloat16, 16-byte strides, a recent GPU."""
+def _has_kernel(rows: Tensor, other: Tensor, sizes: Sequence[int]) -> bool:
+    """Whether torch's grouped kernel takes these: bfloat16, 16-byte strides, a recent GPU.
+
+    `sizes` are those of one expert's matrix.
+    """
     return (
         rows.is_cuda
-        and rows.dtype == weight.dtype == torch.bfloat16
+        and rows.dtype == other.dtype == torch.bfloat16
         and len(rows) > 0
-        and weight.shape[1] % 8 == 0
-        and weight.shape[2] % 8 == 0
+        and all(size % 8 == 0 for size in sizes)
         and torch.cuda.get_device_capability(rows.device) >= (8, 0)
     )
 

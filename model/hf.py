@@ -3,12 +3,17 @@
 A folder has either `model.safetensors`, or several files and `model.safetensors.index.json`, which
 says which file has which tensor. One process saves a whole model with `save_hf`; of a distributed
 one each rank writes what it has with `write_shard`, and one of them `write_index` when all have.
+
+A matrix may be stored in FP8 as DeepSeek-V3 is published: NAME.weight in float8_e4m3fn, and
+NAME.weight_scale_inv, float32 [ceil(N/128), ceil(K/128)], by which each block of 128x128 is to be
+multiplied. Such a tensor is read wherever there is one; written so are, if asked for, the
+projections of attention and feed-forward (not the embedding, head, norms, routers and eh_proj).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -17,8 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..fp8 import E4M3, Quantized, dequantize, quantize_blocks
+from ..fp8.formats import tiles_in
 from .config import ModelConfig
 from .deepseek import DeepSeekV3
+from .hf_config import FP8_QUANTIZATION
 from .names import hf_copies, hf_shapes, hf_tensors
 
 SINGLE = "model.safetensors"
@@ -26,7 +34,8 @@ INDEX = "model.safetensors.index.json"
 _NAMED = 8  # how many names of each kind an error lists
 # Rotary frequencies, which old checkpoints hold though they follow from the configuration.
 _DERIVED = "rotary_emb.inv_freq"
-_FP8_SCALES = "weight_scale_inv"
+_SCALES = "_scale_inv"  # after the name of a weight in FP8
+_F8 = "F8_E4M3"  # float8_e4m3fn, as safetensors call it
 
 
 class CheckpointError(ValueError):
@@ -39,7 +48,7 @@ def load_hf(part: DeepSeekV3, folder: str | PathLike[str]) -> None:
     The checkpoint must be of exactly the model that `part.config` describes: a tensor that is
     missing, unexpected or of another shape is an error, and then nothing has been written. Copies
     of embedding and head in the layers of multi-token prediction may be there and are not read.
-    Values are converted to the part's dtypes.
+    Values are converted to the part's dtypes, those in FP8 by way of float32.
 
     Raises:
         CheckpointError: the files do not fit or cannot be read.
@@ -50,8 +59,10 @@ def load_hf(part: DeepSeekV3, folder: str | PathLike[str]) -> None:
     problems = _mismatches(files, part.config, wanted)
     by_file: dict[str, list[str]] = {}
     for name in wanted:
-        if name in files:
-            by_file.setdefault(files[name], []).append(name)
+        for stored_name in (name, name + _SCALES):
+            if stored_name in files:
+                by_file.setdefault(files[stored_name], []).append(stored_name)
+    dtypes: dict[str, str] = {}
     for file, names in by_file.items():
         with _opened(folder / file) as stored:
             held = set(stored.keys())
@@ -59,22 +70,76 @@ def load_hf(part: DeepSeekV3, folder: str | PathLike[str]) -> None:
                 if name not in held:
                     problems.append(f"{name}: the index says {file}, which has no such tensor")
                     continue
-                shape = stored.get_slice(name).get_shape()
-                if list(shape) != list(wanted[name].shape):
-                    problems.append(f"{name}: shape {shape}, not {list(wanted[name].shape)}")
+                piece = stored.get_slice(name)
+                dtypes[name] = piece.get_dtype()
+                shape = _expected_shape(name, wanted)
+                if list(piece.get_shape()) != shape:
+                    problems.append(f"{name}: shape {piece.get_shape()}, not {shape}")
+    problems += _unpaired(dtypes, files)
     if problems:
         raise CheckpointError(_report(folder, problems))
-    with torch.no_grad():
-        for file, names in by_file.items():
-            with _opened(folder / file) as stored:
-                for name in names:
-                    wanted[name].copy_(stored.get_tensor(name))
+    _copy(folder, by_file, wanted)
+
+
+def _expected_shape(name: str, tensors: Mapping[str, Tensor]) -> list[int]:
+    """The shape of a stored tensor: one of `tensors`, or the scales of one."""
+    if name in tensors:
+        return list(tensors[name].shape)
+    return [tiles_in(size) for size in tensors[name.removesuffix(_SCALES)].shape]
+
+
+def _unpaired(dtypes: Mapping[str, str], known: Collection[str]) -> list[str]:
+    """Weights in FP8 without scales, and scales without a weight in FP8."""
+    problems: list[str] = []
+    for name, dtype in dtypes.items():
+        if name.endswith(_SCALES):
+            weight = name.removesuffix(_SCALES)
+            if dtype != "F32":
+                problems.append(f"{name}: {dtype}, not F32")
+            elif weight in dtypes and dtypes[weight] != _F8:
+                problems.append(f"{name}: scales, but {weight} is {dtypes[weight]}, not {_F8}")
+        elif dtype == _F8 and name + _SCALES not in known:
+            problems.append(f"{name}: in FP8, but there is no {name}{_SCALES}")
+        elif dtype.startswith("F8") and dtype != _F8:
+            problems.append(f"{name}: {dtype}; of FP8 only {_F8} is read")
+    return problems
+
+
+@torch.no_grad()
+def _copy(folder: Path, by_file: Mapping[str, Sequence[str]], wanted: Mapping[str, Tensor]) -> None:
+    """Fill `wanted` from files that have been checked; scales may be in another file."""
+    half: dict[str, Tensor] = {}  # weights in FP8 or scales, until the other is there
+    for file, names in by_file.items():
+        with _opened(folder / file) as stored:
+            for name in names:
+                tensor = stored.get_tensor(name)
+                weight = name.removesuffix(_SCALES)
+                if weight == name and tensor.dtype != E4M3:
+                    wanted[name].copy_(tensor)
+                elif weight not in half:
+                    half[weight] = tensor
+                else:
+                    both = (half.pop(weight), tensor)
+                    values, scales = both if weight != name else both[::-1]
+                    wanted[weight].copy_(dequantize(Quantized(values, scales)))
 
 
 def save_hf(
-    parts: Sequence[DeepSeekV3], folder: str | PathLike[str], *, max_file_bytes: int = 5 * 10**9
+    parts: Sequence[DeepSeekV3],
+    folder: str | PathLike[str],
+    *,
+    max_file_bytes: int = 5 * 10**9,
+    fp8: bool = False,
 ) -> None:
     """Write a whole model, given as parts in this process, with config.json, into a folder.
+
+    Args:
+        parts: of one model.
+        folder: made if it is not there.
+        max_file_bytes: of one file, if no tensor is larger.
+        fp8: store projections in FP8 with a power of two for each block of 128x128, see above: the
+            numbers that a model trained by `fp8.Recipe()` multiplies with, as long as its inner
+            sizes are multiples of 128.
 
     Raises:
         CheckpointError: the parts do not make up the whole model.
@@ -82,6 +147,8 @@ def save_hf(
     tensors = _all_tensors(parts)
     config = parts[0].config
     missing = sorted(set(hf_shapes(config)) - set(tensors))
+    if fp8:
+        tensors = _in_fp8(tensors)
     if missing:
         raise CheckpointError(
             f"these parts are not the whole model: {_listed(missing)} missing; where other ranks "
@@ -94,17 +161,22 @@ def save_hf(
         file = SINGLE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
         _write({name: tensors[name] for name in names}, folder / file)
     if len(groups) == 1:
-        _write_config(config, folder)
+        _write_config(config, folder, fp8=fp8)
     else:
         write_index(folder, config)
 
 
-def write_shard(parts: Sequence[DeepSeekV3], folder: str | PathLike[str], label: str) -> None:
+def write_shard(
+    parts: Sequence[DeepSeekV3], folder: str | PathLike[str], label: str, *, fp8: bool = False
+) -> None:
     """Write one rank's share of a model into `model-{label}.safetensors`.
 
-    Ranks that hold the same tensors need not all write; `label` is theirs alone.
+    Ranks that hold the same tensors need not all write; `label` is theirs alone. `fp8` is as of
+    `save_hf`, the same for all.
     """
     tensors = _all_tensors(parts)
+    if fp8:
+        tensors = _in_fp8(tensors)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write(tensors, folder / f"model-{label}.safetensors")
@@ -119,7 +191,9 @@ def write_index(folder: str | PathLike[str], config: ModelConfig) -> None:
     folder = Path(folder)
     vocabulary = (config.vocab_size, config.hidden_size)
     shapes = hf_shapes(config) | dict.fromkeys(hf_copies(config), vocabulary)
+    shapes |= {n + _SCALES: tuple(map(tiles_in, s)) for n, s in shapes.items() if is_in_fp8(n)}
     weight_map: dict[str, str] = {}
+    dtypes: dict[str, str] = {}
     total = 0
     problems: list[str] = []
     for file in _weight_files(folder):
@@ -131,18 +205,44 @@ def write_index(folder: str | PathLike[str], config: ModelConfig) -> None:
                 elif tuple(piece.get_shape()) != shapes[name]:
                     problems.append(f"{name} in {file}: shape {piece.get_shape()}")
                 elif name not in weight_map:  # replicas of a tensor may be in several files
-                    weight_map[name] = file
+                    weight_map[name], dtypes[name] = file, piece.get_dtype()
                     total += stored.get_tensor(name).nbytes
-    problems += [f"{name}: missing" for name in shapes if name not in weight_map]
+                elif piece.get_dtype() != dtypes[name]:
+                    problems.append(
+                        f"{name}: {dtypes[name]} in {weight_map[name]}, {piece.get_dtype()} in "
+                        f"{file}"
+                    )
+    problems += [f"{n}: missing" for n in shapes if n not in weight_map and not n.endswith(_SCALES)]
+    problems += _unpaired(dtypes, dtypes)
     if problems:
         raise CheckpointError(_report(folder, problems))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    _write_config(config, folder)
+    _write_config(config, folder, fp8=_F8 in dtypes.values())
 
 
-def _write_config(config: ModelConfig, folder: Path) -> None:
-    text = json.dumps(config.to_hf(), indent=2) + "\n"
+def is_in_fp8(name: str) -> bool:
+    """Whether a published FP8 checkpoint has the tensor of this name in FP8."""
+    of_layer = ".self_attn." in name or ".mlp." in name
+    return of_layer and name.endswith(("_proj.weight", "_proj_with_mqa.weight"))
+
+
+@torch.no_grad()
+def _in_fp8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors as an FP8 checkpoint has them; scales come after their weights."""
+    stored: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if is_in_fp8(name):
+            low = tensor if tensor.dtype == torch.bfloat16 else tensor.float()
+            stored[name], stored[name + _SCALES] = quantize_blocks(low)
+        else:
+            stored[name] = tensor
+    return stored
+
+
+def _write_config(config: ModelConfig, folder: Path, *, fp8: bool) -> None:
+    quantization = {"quantization_config": FP8_QUANTIZATION} if fp8 else {}
+    text = json.dumps(config.to_hf() | quantization, indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
@@ -203,14 +303,10 @@ def _mismatches(
     files: Mapping[str, str], config: ModelConfig, wanted: Mapping[str, Tensor]
 ) -> list[str]:
     """Names in a checkpoint that the model does not have, and of this part's that it lacks."""
-    if any(name.endswith(_FP8_SCALES) for name in files):
-        raise CheckpointError(
-            "this checkpoint has FP8 weights with scales (weight_scale_inv); convert it to "
-            "bfloat16 first, with fp8_cast_bf16.py of the DeepSeek-V3 repository"
-        )
     known = {*hf_shapes(config), *hf_copies(config)}
     if config.tie_word_embeddings:
         known.add("lm_head.weight")  # some writers store it though it is the embedding
+    known |= {name + _SCALES for name in known if name.endswith(".weight") and name in files}
     return [
         *(f"{name}: missing" for name in wanted if name not in files),
         *(f"{n}: unexpected" for n in files if n not in known and not n.endswith(_DERIVED)),

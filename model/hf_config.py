@@ -41,6 +41,13 @@ _FIXED: dict[str, Any] = {
     "moe_layer_freq": 1,
     "rope_interleave": True,
 }
+# How the published FP8 checkpoints say that they are that.
+FP8_QUANTIZATION: dict[str, Any] = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128],
+}
 _COPIED = [f.name for f in fields(ModelConfig) if f.name not in ("yarn", "rope_theta", "init_seed")]
 _OPTIONAL = ("aux_loss_alpha", "initializer_range", "tie_word_embeddings", "rms_norm_eps")
 
@@ -56,6 +63,7 @@ def read_config(source: str | PathLike[str] | Mapping[str, Any]) -> ModelConfig:
     for key, only in _FIXED.items():
         if hf.get(key, only) not in (only, None):
             raise ValueError(f"{where}: {key}={hf[key]!r} is not supported, only {only!r}")
+    _check_quantization(where, hf.get("quantization_config"))
     heads = hf.get("num_attention_heads")
     if hf.get("num_key_value_heads") not in (None, heads):
         raise ValueError(
@@ -93,6 +101,24 @@ def config_dict(config: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": config.num_attention_heads,
         "rope_scaling": None if yarn is None else {"type": "yarn", **yarn},
     }
+
+
+def _check_quantization(where: str, given: object) -> None:
+    """Raise unless weights are as trained, or in FP8 with a scale for each block of 128x128.
+
+    What each tensor is stored in, its file tells; a key that is left out has the published value.
+    """
+    if given is None:
+        return
+    if not isinstance(given, Mapping) or "quant_method" not in given:
+        raise ValueError(f"{where}: quantization_config={given!r} does not name a quant_method")
+    for key, only in FP8_QUANTIZATION.items():
+        if given.get(key, only) != only:
+            raise ValueError(
+                f"{where}: quantization_config has {key}={given[key]!r}; of quantised checkpoints "
+                f"only the published FP8 is read, with {key}={only!r}: take a checkpoint in that "
+                "form, or in bfloat16"
+            )
 
 
 def _load(source: str | PathLike[str] | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:

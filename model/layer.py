@@ -17,12 +17,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..comm.dispatch import Dispatched, Dispatcher
 from ..parallel.chunk import Chunk
 from .attention import Attention
+from .build import Build
 from .config import ModelConfig
 from .experts import MLP
 from .linear import RMSNorm
@@ -64,7 +64,7 @@ class DecoderLayer(nn.Module):
         config: dimensions.
         index: place in the model, from 0; tells whether the layer has experts.
         dispatcher: see `MoE`.
-        dtype, device: of the weights.
+        build: how layers are made.
     """
 
     def __init__(
@@ -72,20 +72,18 @@ class DecoderLayer(nn.Module):
         config: ModelConfig,
         index: int,
         dispatcher: Dispatcher[Any],
-        *,
-        dtype: torch.dtype,
-        device: torch.device | None = None,
+        build: Build,
     ) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = RMSNorm(size, eps, dtype=dtype, device=device)
-        self.self_attn = Attention(config, dtype=dtype, device=device)
-        self.post_attention_layernorm = RMSNorm(size, eps, dtype=dtype, device=device)
+        self.input_layernorm = RMSNorm(size, eps, build)
+        self.self_attn = Attention(config, build)
+        self.post_attention_layernorm = RMSNorm(size, eps, build)
         self.mlp: MLP | MoE
         if config.is_moe(index):
-            self.mlp = MoE(config, dispatcher, dtype=dtype, device=device)
+            self.mlp = MoE(config, dispatcher, build)
         else:
-            self.mlp = MLP(size, config.intermediate_size, dtype=dtype, device=device)
+            self.mlp = MLP(size, config.intermediate_size, build)
 
     def forward(self, hidden_BLD: Tensor, rotation: Rotation, chunk: Chunk | None = None) -> Tensor:
         """[B, L, D] -> [B, L, D]."""

@@ -6,12 +6,21 @@ random numbers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from ..fp8.carried import carried, carry
+from ..fp8.linear import Call
+from ..fp8.linear import linear as fp8_linear
 from ..parallel.chunk import WeightGradQueue
 from ..parallel.deferred import linear
+from .build import Build
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -20,53 +29,120 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 class Linear(nn.Module):
-    """`x @ weight.T`, its weight gradient left to a queue.
+    """`x @ weight.T`, in FP8 if there is a recipe for that; its weight gradient left to a queue.
+
+    Args:
+        in_features, out_features: sizes.
+        build: how it is made.
+        fp8: False for what stays in high precision whatever the recipe.
 
     Attributes:
         weight: [out_features, in_features].
+        call: of the product in FP8, or None.
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | None = None,
+        self, in_features: int, out_features: int, build: Build, *, fp8: bool = True
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(
-            torch.empty(out_features, in_features, dtype=dtype, device=device)
-        )
+        self.weight = build.weight(out_features, in_features, fp8=fp8)
+        self.call = build.call() if fp8 else None
 
     def forward(self, x: Tensor, queue: WeightGradQueue | None = None) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
-        return linear(x, self.weight, None, queue)
+        if self.call is not None:
+            return fp8_linear(x, [self.weight], replace(self.call, queue=queue))
+        return linear(x, self.weight, None, queue, remake=carried(x).remake)
+
+    def set_name(self, name: str) -> None:
+        """What errors call this layer."""
+        if self.call is not None:
+            self.call = replace(self.call, name=name)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
 
 
+def side_by_side(
+    x: Tensor, layers: Sequence[Linear], call: Call | None, queue: WeightGradQueue | None
+) -> list[Tensor]:
+    """Several layers of one input; in FP8 one product, for which the input is quantised once.
+
+    Args:
+        x: [..., in_features].
+        layers: of equal in_features.
+        call: of that product, if it is in FP8.
+        queue: for weight gradients.
+    """
+    if call is None:
+        return [layer(x, queue) for layer in layers]
+    both = fp8_linear(x, [layer.weight for layer in layers], replace(call, queue=queue))
+    return list(both.split([len(layer.weight) for layer in layers], dim=-1))
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in float32 at least.
+
+    Args:
+        size, eps: as usual.
+        build: how it is made; it also tells whether the output is to be made again in the backward
+            by those who would keep it.
 
     Attributes:
         weight: [size].
     """
 
-    def __init__(
-        self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, size: int, eps: float, build: Build) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
+        self.weight = build.weight(size)
+        self._remade = build.recompute.norms
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] -> [..., size], same dtype."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # computes in float32
+        y = rms_norm(x, self.weight, self.eps)
+        if self._remade and y.requires_grad:
+            source, weight, eps = x.detach(), self.weight.detach(), self.eps
+            carry(y, remake=lambda: F.rms_norm(source, weight.shape, weight, eps))
+        return y
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """torch's `rms_norm`, which on CPUs keeps float32 copies for the backward; this keeps x."""
+    if x.is_cuda:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return _RMSNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        dtype = at_least_float32(x.dtype)
+        wide = x.to(dtype)
+        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + ctx.eps)
+        unit, grad = wide * scale, grad.to(dtype)
+        grad_weight = grad_x = None
+        if needs_weight:
+            grad_weight = (grad * unit).flatten(0, -2).sum(dim=0).to(weight.dtype)
+        if needs_x:
+            grad = grad * weight.to(dtype)
+            along = (grad * unit).mean(dim=-1, keepdim=True)
+            grad_x = grad.sub_(unit.mul_(along)).mul_(scale).to(x.dtype)
+        return grad_x, grad_weight, None
 
 
 class Embedding(nn.Module):
@@ -76,11 +152,9 @@ class Embedding(nn.Module):
         weight: [vocabulary, hidden].
     """
 
-    def __init__(
-        self, vocab_size: int, size: int, *, dtype: torch.dtype, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, vocab_size: int, size: int, build: Build) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, size, dtype=dtype, device=device))
+        self.weight = build.weight(vocab_size, size)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[...] int64 -> [..., hidden]."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..comm.dispatch import Dispatched, Dispatcher
 from ..parallel.chunk import Chunk, WeightGradQueue
+from .build import Build
 from .config import ModelConfig
 from .experts import MLP, Experts
 from .router import Router, Routing
@@ -26,26 +26,24 @@ class MoE(nn.Module):
     Args:
         config: dimensions.
         dispatcher: moves rows to their experts; says which experts are this rank's.
-        dtype, device: of the weights.
+        build: how layers are made.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         dispatcher: Dispatcher[Any],
-        *,
-        dtype: torch.dtype,
-        device: torch.device | None = None,
+        build: Build,
     ) -> None:
         super().__init__()
         size, inner = config.hidden_size, config.moe_intermediate_size
         self.dispatcher = dispatcher
-        self.gate = Router(config, dtype=dtype, device=device)
-        self.experts = Experts(dispatcher.local_experts, size, inner, dtype=dtype, device=device)
+        self.gate = Router(config, dtype=build.dtype, device=build.device)
+        self.experts = Experts(dispatcher.local_experts, size, inner, build)
         self.shared_experts = None
         if config.n_shared_experts:
             inner *= config.n_shared_experts
-            self.shared_experts = MLP(size, inner, dtype=dtype, device=device)
+            self.shared_experts = MLP(size, inner, build)
 
     def route(self, x_BLD: Tensor, chunk: Chunk | None = None) -> Routing:
         """Choose each token's experts."""
@@ -57,8 +55,7 @@ class MoE(nn.Module):
 
     def compute_routed(self, arrived: Dispatched, queue: WeightGradQueue | None = None) -> Tensor:
         """This rank's experts on what arrived, times the router's weights: [N, D]."""
-        rows_ND = self.experts(arrived.rows_ND, arrived.counts, queue)
-        return (rows_ND * arrived.weights_N.unsqueeze(-1)).to(rows_ND.dtype)
+        return self.experts(arrived.rows_ND, arrived.weights_N, arrived.counts, queue)
 
     def compute_shared(self, x_BLD: Tensor, queue: WeightGradQueue | None = None) -> Tensor | None:
         """The shared experts, which need no communication: [B, L, D], or None without them."""

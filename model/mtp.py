@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..comm.dispatch import Dispatcher
 from ..parallel.chunk import Chunk
+from .build import Build
 from .config import ModelConfig
 from .layer import DecoderLayer
 from .linear import Linear, RMSNorm, at_least_float32
@@ -24,11 +25,9 @@ from .rope import Rotation
 class SharedHead(nn.Module):
     """What a depth has of the output head: its own norm. The matrix is the main model's."""
 
-    def __init__(
-        self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, size: int, eps: float, build: Build) -> None:
         super().__init__()
-        self.norm = RMSNorm(size, eps, dtype=dtype, device=device)
+        self.norm = RMSNorm(size, eps, build)
 
 
 class PredictionLayer(DecoderLayer):
@@ -43,16 +42,14 @@ class PredictionLayer(DecoderLayer):
         config: ModelConfig,
         index: int,
         dispatcher: Dispatcher[Any],
-        *,
-        dtype: torch.dtype,
-        device: torch.device | None = None,
+        build: Build,
     ) -> None:
-        super().__init__(config, index, dispatcher, dtype=dtype, device=device)
+        super().__init__(config, index, dispatcher, build)
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.enorm = RMSNorm(size, eps, dtype=dtype, device=device)
-        self.hnorm = RMSNorm(size, eps, dtype=dtype, device=device)
-        self.eh_proj = Linear(2 * size, size, dtype=dtype, device=device)
-        self.shared_head = SharedHead(size, eps, dtype=dtype, device=device)
+        self.enorm = RMSNorm(size, eps, build)
+        self.hnorm = RMSNorm(size, eps, build)
+        self.eh_proj = Linear(2 * size, size, build)
+        self.shared_head = SharedHead(size, eps, build)
 
     def predict(
         self,

@@ -8,11 +8,13 @@ Shapes: B sequences of L tokens, T = B * L tokens, D hidden, E experts, K expert
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..fp8.carried import carried
 from ..parallel.chunk import Chunk
 from ..parallel.deferred import linear
 from .config import ModelConfig
@@ -68,7 +70,13 @@ class Router(nn.Module):
         """
         config = self._config
         queue = None if chunk is None else chunk.weight_grads
-        logits_BLE = linear(x_BLD.to(self.weight.dtype), self.weight, None, queue)
+        logits_BLE = linear(
+            x_BLD.to(self.weight.dtype),
+            self.weight,
+            None,
+            queue,
+            remake=_widened(x_BLD, self.weight),
+        )
         scores_BLE = (
             logits_BLE.sigmoid() if config.scoring_func == "sigmoid" else logits_BLE.softmax(-1)
         )
@@ -121,6 +129,17 @@ class Router(nn.Module):
             f"{config.n_routed_experts} experts, {config.scoring_func}, top "
             f"{config.num_experts_per_tok} of {config.topk_group}/{config.n_group} groups"
         )
+
+
+def _widened(x: Tensor, weight: Tensor) -> Callable[[], Tensor] | None:
+    """How x in the router's dtype is made again, rather than kept: from x, or as x is made."""
+    remake, dtype = carried(x).remake, weight.dtype
+    if remake is not None:
+        return lambda: remake().to(dtype)
+    if x.dtype == dtype:
+        return None
+    kept = x.detach()
+    return lambda: kept.to(dtype)
 
 
 def balance_loss(scores_BLE: Tensor, chosen_BLK: Tensor) -> Tensor:

@@ -19,6 +19,9 @@ at 1.0x the FLOPs:
 - on complex tensors, weights that are computed or have one dimension, biases that are computed or
   broadcast.
 
+Gradients of parameters that `accumulate.accumulate_in_float32` was told of are added up in float32,
+and products of bfloat16 operands for them are not rounded to bfloat16 first.
+
 A parameter that has hooks when its backward runs (`register_hook`,
 `register_post_accumulate_grad_hook`) gets its gradient from autograd in I, so that they see it
 whole and once. Hooks on its AccumulateGrad node, as DistributedDataParallel's, cannot be seen from
@@ -37,56 +40,59 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
+from .accumulate import accumulate_grad, accumulate_product, grad_dtype, product
 from .chunk import WeightGradQueue
-
-
-def accumulate_grad(parameter: Tensor, grad: Tensor) -> None:
-    """Add `grad` to `parameter.grad`, which is created if it is None. Takes ownership of `grad`."""
-    if parameter.grad is None:
-        parameter.grad = grad.to(parameter.dtype)
-    else:
-        parameter.grad.add_(grad)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, queue: WeightGradQueue
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        queue: WeightGradQueue,
+        remake: Callable[[], Tensor] | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        ctx.queue = queue
+        ctx.save_for_backward(x if remake is None else None, weight, bias)
+        ctx.queue, ctx.remake = queue, remake
         return F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         (grad,) = grads
         x, weight, bias = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
+        remake: Callable[[], Tensor] | None = ctx.remake
         queue: WeightGradQueue = ctx.queue
 
-        def weight_grad() -> Tensor:
-            return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+        def operands() -> tuple[Tensor, Tensor]:
+            given = x if remake is None else remake()
+            return grad.reshape(-1, grad.shape[-1]).t(), given.reshape(-1, given.shape[-1])
 
-        def bias_grad() -> Tensor:
-            return grad.reshape(-1, grad.shape[-1]).sum(0)
+        def bias_grad(to: Tensor) -> Tensor:
+            return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=grad_dtype(to))
 
-        def now_or_later(parameter: Tensor, compute: Callable[[], Tensor]) -> Tensor | None:
-            # Asked here and not in the forward: hooks may have come since, and all uses of a shared
-            # weight must go one way.
-            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-                return compute()
-            queue.put(lambda: accumulate_grad(parameter, compute()))
-            return None
+        grad_x = grad @ weight if needs_x else None
+        grad_weight = grad_bias = None
+        if needs_weight and _has_hooks(weight):
+            grad_weight = product(*operands(), grad_dtype(weight))
+        elif needs_weight:
+            queue.put(lambda: accumulate_product(weight, *operands()))
+        if needs_bias and _has_hooks(bias):
+            grad_bias = bias_grad(bias)
+        elif needs_bias:
+            queue.put(lambda: accumulate_grad(bias, bias_grad(bias)))
+        return grad_x, grad_weight, grad_bias, None, None
 
-        return (
-            grad @ weight if needs_x else None,
-            now_or_later(weight, weight_grad) if needs_weight else None,
-            now_or_later(bias, bias_grad) if needs_bias else None,
-            None,
-        )
+
+def _has_hooks(parameter: Tensor) -> bool:
+    # Asked in the backward and not in the forward: hooks may have come since, and all uses of a
+    # shared weight must go one way.
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
 def _saved_tensor_hooks_active() -> bool:
@@ -121,6 +127,8 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     queue: WeightGradQueue | None = None,
+    *,
+    remake: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """`input @ weight.T + bias`, the weight's and bias's gradients left to `queue`.
 
@@ -130,13 +138,15 @@ def linear(
         bias: [N] or None.
         queue: where the gradients of weight and bias go, if they can wait (see the module's
             docstring); None means the ordinary path.
+        remake: makes the input again, the same bits; then it is not kept for the weight gradient,
+            which calls this (the ordinary path keeps it all the same).
 
     Returns:
         [..., N].
     """
     if queue is None or not _can_wait(input, weight, bias):
         return F.linear(input, weight, bias)
-    return _Linear.apply(input, weight, bias, queue)  # pyright: ignore[reportReturnType]
+    return _Linear.apply(input, weight, bias, queue, remake)  # pyright: ignore[reportReturnType]
 
 
 class defer_linears(TorchFunctionMode):  # noqa: N801  used as a context manager, like torch.no_grad

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from ..comm.collectives import sum_over
 from ..comm.waiting import WaitBoard
+from .accumulate import grad_dtype
 
 # Larger gradients are summed where they are; smaller ones share a message, which costs two copies.
 _ALONE_BYTES = 1 << 20
@@ -40,7 +41,7 @@ def sum_gradients(
     """
     kinds: dict[tuple[torch.dtype, torch.device], list[Parameter]] = {}
     for parameter in parameters:
-        kinds.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+        kinds.setdefault((grad_dtype(parameter), parameter.device), []).append(parameter)
     for alike in kinds.values():
         if group is not None:
             _sum_alike(alike, group, alone_bytes, board)
@@ -56,11 +57,11 @@ def _sum_alike(
     alone_bytes: int,
     board: WaitBoard | None,
 ) -> None:
-    """Sum the gradients of parameters of one dtype and device."""
+    """Sum gradients of one dtype and device."""
     have = [parameter.grad is not None for parameter in parameters]
     for parameter in parameters:
         if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.zeros_like(parameter, dtype=grad_dtype(parameter))
         elif not parameter.grad.is_contiguous():
             parameter.grad = parameter.grad.contiguous()
     grads = [p.grad for p in parameters if p.grad is not None]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from counterflow.comm import Dispatcher, dispatcher
 from counterflow.comm.dispatch import ExpertLayout, deep_ep, deep_ep_versions
-from counterflow.fp8 import dequantize_tiles, quantize_tiles
+from counterflow.fp8 import dequantize, quantize_tiles
 from counterflow.parallel.mesh import Mesh, MeshShape
 from tests.fake_deep_ep import installed
 from tests.fake_deep_ep.legacy import Buffer
@@ -152,7 +152,7 @@ def rounded(rank: int, world: int, version: str) -> bool:
         d = make(world, version, payload="fp8")
         out = d.dispatch(x, experts, weights)
         plain = make(world, version, payload="bf16")
-        coarse = dequantize_tiles(*quantize_tiles(x), torch.bfloat16)
+        coarse = dequantize(quantize_tiles(x), torch.bfloat16)
         expected = plain.dispatch(coarse, experts, weights)
         d.start_combine_backward(grad, out.handle).finish()
         d.combine(out.rows_ND, out.handle)
@@ -160,7 +160,7 @@ def rounded(rank: int, world: int, version: str) -> bool:
     sent = [c.arguments["x"] for c in made[0].calls if c.name == "dispatch"]
     return (
         tiles is not None
-        and torch.equal(dequantize_tiles(*tiles, torch.bfloat16), out.rows_ND)
+        and torch.equal(dequantize(tiles, torch.bfloat16), out.rows_ND)
         and torch.equal(out.rows_ND, expected.rows_ND)
         and len(sent) == 2
         and all(s[0].dtype == torch.float8_e4m3fn and s[1].shape[1] == 2 for s in sent)

@@ -123,6 +123,7 @@ def obstacles(rank: int, world: int) -> dict[str, str]:
         said["slots"] = ask(layout=many)
         said["columns"] = ask(hidden=200)
         said["choices"] = ask(top_k=33)
+        said["LogFMT"] = ask(payload="logfmt10")
         with on_gpu("NVIDIA A100-PCIE-40GB", (9, 0)):
             said["PCIe"] = ask()
     with ExitStack() as stack:
@@ -178,6 +179,7 @@ def automatic(rank: int, world: int) -> dict[str, Found]:
     with fake("v2"):
         found["fits"] = ask("bf16", (9, 0))
         found["exact"] = ask("exact", (9, 0))
+        found["LogFMT"] = ask("logfmt8", (9, 0))
         found["old GPU"] = ask("bf16", (7, 5))
         found["gloo"] = ask("bf16", (9, 0), group="cpu:gloo,cuda:gloo")
         found["no GPU"] = ask("bf16", None)

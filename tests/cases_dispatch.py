@@ -243,7 +243,7 @@ def _right_tiles(tiles: Any, reference: Reference, batches: Sequence[Batch], ep_
     """Whether tiles are each row's own, and zeros in padding."""
     quantised = [quantize_tiles(b.x_TD) for b in batches]
     for n, origin in enumerate(reference.origins[ep_rank]):
-        found = tiles.values_ND[n], tiles.scales_Nd[n]
+        found = tiles.values[n], tiles.scales[n]
         if origin is None:
             right = tuple(torch.zeros_like(t) for t in found)
         else:
@@ -251,7 +251,7 @@ def _right_tiles(tiles: Any, reference: Reference, batches: Sequence[Batch], ep_
             right = values[origin.token], scales[origin.token]
         if not all(same_bits(a, b) for a, b in zip(found, right, strict=True)):
             return False
-    return len(tiles.values_ND) == len(reference.origins[ep_rank])
+    return len(tiles.values) == len(reference.origins[ep_rank])
 
 
 C_TYPES: dict[torch.dtype, Any] = {
@@ -273,18 +273,21 @@ def struct_bytes(*parts: tuple[torch.dtype, int]) -> int:
 def record_bytes(setting: Setting, given: Batch, *, first: bool = True) -> dict[str, int]:
     """Bytes of a record in each operation; the `first` dispatch of a handle has the slots too."""
     hidden, top_k = given.x_TD.shape[1], given.weights_TK.shape[1]
-    back = (given.x_TD.dtype if setting.payload == "exact" else torch.bfloat16, hidden)
-    there = [back]
-    if setting.payload == "fp8":
-        there = [(torch.uint8, hidden), (torch.float32, -(-hidden // 128))]
+    tiles = (torch.float32, -(-hidden // 128))
+    back = [(given.x_TD.dtype if setting.payload == "exact" else torch.bfloat16, hidden)]
+    if setting.payload == "logfmt10":
+        back = [(torch.uint8, -(-hidden // 4) * 5), tiles, tiles]
+    there = back
+    if setting.payload in ("fp8", "logfmt8"):
+        there = [(torch.uint8, hidden), *([tiles] if setting.payload == "fp8" else [tiles, tiles])]
     choices = 1 if setting.name == "flat" else top_k
     weights = (given.weights_TK.dtype, choices)
     slots = [(torch.int16, choices)] if first else []
     return {
         "dispatch(F)": struct_bytes(*there, weights, *slots),
-        "combine(F)": struct_bytes(back),
+        "combine(F)": struct_bytes(*back),
         "combine(B)": struct_bytes(*there),
-        "dispatch(B)": struct_bytes(back, weights),
+        "dispatch(B)": struct_bytes(*back, weights),
     }
 
 

@@ -53,7 +53,7 @@ def rounded(rank: int, world: int, setting: Setting) -> dict[str, bool]:
         "rows are float32": rows.dtype == torch.float32,
         "rows were bfloat16": same_bits(rows, rows.bfloat16().float()),
         "rows were E4M3 times a power of two": out.tiles is not None
-        and same_bits(rows, out.tiles.values_ND.float() * out.tiles.scales_Nd),
+        and same_bits(rows, out.tiles.values.float() * out.tiles.scales),
         "weights are as they were": bool(
             torch.isin(out.weights_N, torch.cat([batch(r, "even", torch.float32).weights_TK
                                                  for r in range(world)])).all()

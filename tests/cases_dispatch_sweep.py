@@ -52,7 +52,7 @@ def drawn(draw: random.Random, ep: int, nodes: tuple[int, ...]) -> tuple[Setting
         ep,
         num_experts,
         layout,
-        payload=draw.choice(("exact", "exact", "bf16", "fp8")),
+        payload=draw.choice(("exact", "exact", "bf16", "fp8", "logfmt8", "logfmt10")),
         alignment=draw.choice((1, 1, 4, 128)),
         chunks=draw.choice((1, 2, 4)),
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 from counterflow.comm import Dispatcher
 from counterflow.comm.dispatch.exchange import Peers
 from counterflow.model import ModelConfig
+from counterflow.model.build import Build
 from counterflow.model.moe import MoE
 from counterflow.parallel.mesh import Mesh
 
@@ -319,7 +320,7 @@ LAYER = ModelConfig(
 
 def layer(dispatcher: Dispatcher[Any]) -> MoE:
     """The model's layer with this rank's part of the same weights on all ranks."""
-    moe = MoE(LAYER, dispatcher, dtype=torch.float32)
+    moe = MoE(LAYER, dispatcher, Build())
     random = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in moe.named_parameters():

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 
+from counterflow.parallel.accumulate import accumulate_in_float32
 from counterflow.parallel.gradients import sum_gradients
 
 
@@ -18,6 +19,11 @@ def sums(rank: int, world: int, alone_bytes: int) -> dict[str, float | None]:
         parameters[name] = Parameter(torch.zeros(shape, dtype=dtype))
         if name != "on no rank" and (rank == 1 or name != "on rank 1 only"):
             parameters[name].grad = torch.full(shape, rank + 1.0, dtype=dtype)
+    for name in ("bfloat16", "bfloat16 on rank 1 only"):
+        parameters[name] = Parameter(torch.zeros(6, dtype=torch.bfloat16))
+        accumulate_in_float32([parameters[name]])
+        if rank == 1 or name == "bfloat16":
+            parameters[name].grad = torch.full((6,), rank + 1 + 2.0**-12)
     group = dist.group.WORLD
     sum_gradients(list(parameters.values()), group, scale=0.5, alone_bytes=alone_bytes)
     result: dict[str, float | None] = {}

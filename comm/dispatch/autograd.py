@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...fp8 import Quantized
 from .base import Dispatcher, Handle
-from .payload import Tiles
 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, dispatcher: Dispatcher[Any], handle: Handle, x_TD: Tensor, weights_TK: Tensor
-    ) -> tuple[Tensor, Tensor, Tiles | None]:
+    ) -> tuple[Tensor, Tensor, Quantized | None]:
         ctx.dispatcher, ctx.handle = dispatcher, handle
         arrived = dispatcher.start_dispatch(x_TD, weights_TK, handle).finish()
         assert arrived.weights_N is not None
@@ -54,7 +54,7 @@ class _Combine(torch.autograd.Function):
 
 def dispatch(
     dispatcher: Dispatcher[Any], handle: Handle, x_TD: Tensor, weights_TK: Tensor
-) -> tuple[Tensor, Tensor, Tiles | None]:
+) -> tuple[Tensor, Tensor, Quantized | None]:
     """(rows_ND, weights_N, tiles), the first two differentiable once in x_TD and weights_TK."""
     return _Dispatch.apply(dispatcher, handle, x_TD, weights_TK)  # pyright: ignore[reportReturnType]
 

@@ -27,12 +27,14 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ...fp8 import Quantized
+from ...fp8.carried import carry
 from ...parallel.mesh import Mesh
 from .census import UNKNOWN, Declared
 from .exchange import Pending
 from .lane import lane_of
 from .layout import ExpertLayout
-from .payload import Payload, Tiles
+from .payload import Payload
 
 
 class Handle:
@@ -71,14 +73,15 @@ class Dispatched:
         weights_N: the router's weight of each row; 0 of padding.
         counts: rows of each local slot, padding included, in order; zeros allowed.
         handle: what `combine` needs.
-        tiles: the rows as they travelled, where the payload is "fp8".
+        tiles: the rows as they travelled, where the payload is "fp8"; `rows_ND` carries them, so
+            that an FP8 product takes them as they are (see `fp8.carried`).
     """
 
     rows_ND: Tensor
     weights_N: Tensor
     counts: list[int]
     handle: Handle
-    tiles: Tiles | None = None
+    tiles: Quantized | None = None
 
 
 class Arrived(NamedTuple):
@@ -86,7 +89,7 @@ class Arrived(NamedTuple):
 
     rows_ND: Tensor
     weights_N: Tensor | None
-    tiles: Tiles | None
+    tiles: Quantized | None
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,7 @@ class Dispatcher(ABC, Generic[H]):
         else:
             self._check_reused(handle, x_TD, experts_TK)
         rows_ND, weights_N, tiles = dispatch(self, handle, x_TD, weights_TK)
+        rows_ND = _with_tiles(rows_ND, tiles)
         return Dispatched(rows_ND, weights_N, handle.counts, handle, tiles)
 
     def _check_reused(self, handle: H, x_TD: Tensor, experts_TK: Tensor) -> None:
@@ -283,14 +287,17 @@ class Dispatcher(ABC, Generic[H]):
         return self._start_gather(grad_rows_ND, grad_weights_N, handle, "dispatch(B)")
 
     def start_combine_backward(self, grad_y_TD: Tensor, handle: H) -> Pending[Tensor]:
-        """combine(B): Pending grad_rows_ND, each token's gradient at every row of it."""
+        """combine(B): Pending grad_rows_ND, each token's gradient at every row of it.
+
+        Rows that travelled in FP8 carry their tiles, as those of `dispatch` do.
+        """
         self._check_dispatched(handle)
         if grad_y_TD.dim() != 2 or len(grad_y_TD) != handle.num_tokens or not grad_y_TD.shape[1]:
             raise ValueError(
                 f"grad_y_TD must be [T, D] = [{handle.num_tokens}, D], got {_like(grad_y_TD)}"
             )
         pending = self._start_spread(grad_y_TD, None, handle, "combine(B)", with_slots=False)
-        return pending.then(lambda arrived: arrived.rows_ND)
+        return pending.then(lambda arrived: _with_tiles(arrived.rows_ND, arrived.tiles))
 
     @abstractmethod
     def _start_spread(
@@ -386,6 +393,10 @@ def require_groups(mesh: Mesh) -> None:
 def _check_device(x_TD: Tensor, experts_TK: Tensor) -> None:
     if x_TD.device != experts_TK.device:
         raise ValueError(f"x_TD is on {x_TD.device}, experts_TK on {experts_TK.device}")
+
+
+def _with_tiles(rows_ND: Tensor, tiles: Quantized | None) -> Tensor:
+    return rows_ND if tiles is None else carry(rows_ND, tiles=tiles)
 
 
 def _like(tensor: Tensor) -> str:

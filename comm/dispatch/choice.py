@@ -51,7 +51,9 @@ def dispatcher(
         num_experts: E, routed experts.
         layout: which expert stands where; by default E / ep follow each other on each rank.
         payload: "exact", rows travel in their own dtype; "bf16"; "fp8", dispatch(F) and combine(B)
-            in E4M3 with scales of 1x128 tiles, the other two in BF16 (arXiv 2412.19437, 3.2.2).
+            in E4M3 with scales of 1x128 tiles, the other two in BF16 (arXiv 2412.19437, 3.2.2);
+            "logfmt8", LogFMT of 8 bits for E4M3; "logfmt10", of 10 bits for all four
+            (arXiv 2505.09343, 3.2).
         alignment: rows of each expert are padded with zeros to a multiple of this.
         node_limit: the most nodes that a token may go to; more is an error on every rank.
         chunks: two hops work on that many pieces at once at most, one crossing while another is

@@ -213,7 +213,7 @@ class DeepEP(Dispatcher[DeepEPHandle]):
             if weights_TK is not None:
                 assert weights is not None
                 weights_N = expansion.choices(weights).to(weights_TK.dtype)
-            return Arrived(payload.decode(rows, dtype), weights_N, payload.tiles(rows))
+            return Arrived(payload.decode(rows, hidden, dtype), weights_N, payload.tiles(rows))
 
         return self._start(move, x_TD.device, operation)
 

@@ -105,6 +105,7 @@ def suitable(mesh: Mesh, layout: ExpertLayout, options: Options) -> Version:
     grids = [NodeGrid.of([mesh.nodes[rank] for rank in group]) for group in groups]
     payload, ranks = options.payload.name, mesh.shape.ep
     reasons = (
+        _against_payload(payload),
         _against_group(version, grids, ranks, layout),
         _against_gpu(library, capability, ranks, payload),
         filling(),
@@ -128,6 +129,15 @@ def _version(library: Any, capability: tuple[int, int] | None) -> Version:
             return version
     major, minor = min(version.least_capability for version in versions)
     raise ValueError(f"this GPU's compute capability is below {major}.{minor}, which DeepEP needs")
+
+
+def _against_payload(payload: str) -> str | None:
+    if payload.startswith("logfmt"):
+        return (
+            f"DeepEP's kernels carry BF16 and FP8, not {payload!r}: ask for payload 'fp8', or for "
+            "'two_hop'"
+        )
+    return None
 
 
 def _against_group(

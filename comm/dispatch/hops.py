@@ -199,7 +199,7 @@ class Hops(Dispatcher[HopHandle]):
         *,
         with_slots: bool,
     ) -> Pending[Arrived]:
-        payload, dtype = self.options.payload, x_TD.dtype
+        payload, dtype, hidden = self.options.payload, x_TD.dtype, x_TD.shape[1]
         self.sent_bytes.setdefault(operation, [0] * len(self._ep_peers))
 
         def move() -> Arrived:
@@ -218,8 +218,8 @@ class Hops(Dispatcher[HopHandle]):
                 weights_N = None
                 if weights_TK is not None:
                     weights_N = expansion.choices(arrived[num_row_parts])
-            tiles = payload.tiles(rows) if operation == "dispatch(F)" else None
-            return Arrived(payload.decode(rows, dtype), weights_N, tiles)
+            decoded = payload.decode(rows, hidden, dtype)
+            return Arrived(decoded, weights_N, payload.tiles(rows))
 
         return self._start(move, x_TD.device, operation)
 
@@ -317,9 +317,9 @@ class Hops(Dispatcher[HopHandle]):
         parts: list[Returning] = []
         top_k, repeat = (1, handle.top_k) if self._each_choice else (handle.top_k, 1)
         if rows_ND is not None:
-            dtype = rows_ND.dtype
-            on_the_way = self.options.payload.summed(dtype) if self._hops else dtype
-            parts.append(Returning(expansion.sum(rows_ND, on_the_way), dtype, repeat))
+            dtype, payload = rows_ND.dtype, self.options.payload
+            on_the_way = payload.summed(dtype) if self._hops else dtype
+            parts.append(Returning(expansion.sum(rows_ND, on_the_way), dtype, repeat, payload))
         if weights_N is not None:
             parts.append(Returning(expansion.unchoose(weights_N, top_k), weights_N.dtype))
         return parts

@@ -6,7 +6,7 @@ Shapes: M records of W bytes; a hop's rows are what its records are copies of.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .buffers import Hold
 from .exchange import Peers
+from .payload import Payload
 from .pieces import Piece, Splits
 from .record import RecordFormat
 
@@ -147,11 +148,21 @@ class Returning:
         values_M: [M, columns], of each record that reached this rank.
         dtype: of the sums at the end.
         repeat: how many neighbouring rows of the first hop are one sum at the end.
+        payload: how values_M and their sums travel; the default is as they are.
     """
 
     values_M: Tensor
     dtype: torch.dtype
     repeat: int = 1
+    payload: Payload = field(default_factory=Payload)
+
+    def encode(self, values: Tensor) -> list[Tensor]:
+        """Some of the values as what is sent of them."""
+        return self.payload.encode_sums(values)
+
+    def decode(self, sent: list[Tensor]) -> Tensor:
+        """Those values again."""
+        return self.payload.decode_sums(sent, self.values_M.shape[1])
 
     def sum(self, piece: Piece, back: Tensor, *, at_the_end: bool) -> Tensor:
         """The sums by row of a piece, from what came `back` of this part."""
@@ -175,12 +186,15 @@ def bring_back(
     Returns:
         The sums of each part, by row of the first hop.
     """
-    form = RecordFormat.of([part.values_M for part in parts])
+    nothing = [part.encode(part.values_M[:0]) for part in parts]  # tells dtypes and columns
+    form = RecordFormat.of([sent for of in nothing for sent in of])
+    slices = [range(a, b) for a, b in pairwise([0, *accumulate(map(len, nothing))])]
 
     def send_back(number: int, piece: Piece, rows: Sequence[Tensor]) -> _UnderWay:
         packed = take(len(rows[0]), form.width)
-        for i, part in enumerate(rows):
-            form.part(packed, i).copy_(part)
+        for part, values, where in zip(parts, rows, slices, strict=True):
+            for i, sent in zip(where, part.encode(values), strict=True):
+                form.part(packed, i).copy_(sent)
         there = piece.splits
         back = take(there.num_sent, form.width)
         reverse = Splits(there.received, there.sent)
@@ -191,8 +205,10 @@ def bring_back(
         wait, back = under_way
         wait()
         sums = [
-            part.sum(piece, form.part(back, i), at_the_end=number == 0)
-            for i, part in enumerate(parts)
+            part.sum(
+                piece, part.decode([form.part(back, i) for i in where]), at_the_end=number == 0
+            )
+            for part, where in zip(parts, slices, strict=True)
         ]
         take.give_back(back)
         return sums

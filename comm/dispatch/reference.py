@@ -17,10 +17,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ...fp8 import dequantize_tiles, quantize_tiles
+from ...fp8 import dequantize, quantize_tiles
+from ...fp8.logfmt import decode_logfmt, encode_logfmt
 from .grid import NodeGrid
 from .layout import ExpertLayout
-from .payload import PayloadName
+from .names import PayloadName
+
+_LOGFMT_BITS = {"logfmt8": 8, "logfmt10": 10}
 
 
 class Origin(NamedTuple):
@@ -195,7 +198,9 @@ class Reference:
 
     def _after_a_spread(self, x_TD: Tensor) -> Tensor:
         if self.payload == "fp8":
-            return dequantize_tiles(*quantize_tiles(x_TD), x_TD.dtype)
+            return dequantize(quantize_tiles(x_TD), x_TD.dtype)
+        if self.payload in _LOGFMT_BITS:
+            return decode_logfmt(encode_logfmt(x_TD, _LOGFMT_BITS[self.payload]), x_TD.dtype)
         return x_TD.bfloat16().to(x_TD.dtype) if self.payload == "bf16" else x_TD
 
     def _token_sum(self, rows: Sequence[Tensor], source: int, token: int) -> Tensor:
@@ -205,6 +210,8 @@ class Reference:
         travelling = dtype if alone or self.payload == "exact" else torch.bfloat16
 
         def on_the_way(*terms: Tensor) -> Tensor:
+            if self.payload == "logfmt10" and not alone:
+                return decode_logfmt(encode_logfmt(_add_up(terms, torch.float32, width), 10))
             return _add_up(terms, travelling, width)
 
         if self.name == "flat":

@@ -22,7 +22,7 @@ from counterflow.comm.dispatch.grid import NodeGrid
 from counterflow.comm.dispatch.layout import ExpertLayout
 from counterflow.comm.traffic import ACROSS, BACKENDS, INSIDE, Routes, route
 from counterflow.comm.traffic_expected import expected_traffic
-from counterflow.comm.traffic_sizes import PHASES, PayloadSizes, RowSizes
+from counterflow.comm.traffic_sizes import PHASES, Elements, PayloadSizes, RowSizes
 from counterflow.comm.traffic_synthetic import Choice, balanced_routing, random_routing
 from counterflow.parallel.simulate.phases import NAMES
 
@@ -237,7 +237,9 @@ def test_the_published_time_per_output_token(gbps: float, layer_us: float, total
     # The nine experts of a token on the other node, one a rank.
     experts = [[[(rank // 9 + 1) % 2 * 9 + e for e in range(9)]] * 32 for rank in range(18)]
     traffic = route(experts, ExpertLayout.contiguous(18, 18), grid).traffic("flat")
-    sizes = RowSizes(PayloadSizes("1 and 2 bytes", 1, 2), 7000)  # the paper counts no scales
+    sizes = RowSizes(
+        PayloadSizes("1 and 2 bytes", Elements(8), Elements(16)), 7000
+    )  # the paper counts no scales
     links = bandwidths(inside=1, across=gbps)
     us = 1e3 * sum(
         phase_cost(traffic, phase, sizes, links).ms for phase in ("combine(B)", "combine(F)")

@@ -307,6 +307,7 @@ def test_an_unfit_mesh_or_setting_is_named(ranks: RankPool) -> None:
         assert "256 a rank" in said["slots"]
         assert "multiples of 256 columns, not 200" in said["columns"]
         assert "at most 32 experts a token, not 33" in said["choices"]
+        assert "not 'logfmt10': ask for payload 'fp8', or for 'two_hop'" in said["LogFMT"]
         assert "NVIDIA A100-PCIE-40GB: DeepEP takes PCIe cards in pairs only" in said["PCIe"]
         assert "says rank 1: deep_ep is not installed" in said["one lacks it"]
         assert (
@@ -319,6 +320,7 @@ def test_auto_takes_deep_ep_only_where_it_can_be_used(ranks: RankPool) -> None:
     refused = {
         "absent": "deep_ep is not installed",
         "exact": "'exact'",
+        "LogFMT": "not 'logfmt8'",
         "old GPU": "compute capability is below 8.0",
         "no V1": "compute capability is below 9.0",
         "compiled for others": "compiled for GPUs of compute capability 9.0",

@@ -64,13 +64,13 @@ def test_weights_are_not_looked_at_without_check(ranks: RankPool) -> None:
 
 
 @pytest.mark.parametrize("name", ["flat", "two_hop"])
-@pytest.mark.parametrize("payload", ["exact", "bf16", "fp8"])
+@pytest.mark.parametrize("payload", ["exact", "bf16", "fp8", "logfmt8", "logfmt10"])
 def test_a_payload_rounds_rows_and_sums_but_not_weights(
     ranks: RankPool, name: Any, payload: Any
 ) -> None:
     setting = Setting(name, (0, 0, 1, 1), payload=payload)
     for found in ranks.run(cases.rounded, world=4, setting=setting):
-        assert found.pop("rows were bfloat16") == (payload != "exact")
+        assert found.pop("rows were bfloat16") == (payload in ("bf16", "fp8"))
         assert found.pop("rows were E4M3 times a power of two") == (payload == "fp8")
         assert found == dict.fromkeys(found, True)
 
@@ -192,7 +192,7 @@ def test_the_factory_refuses_what_it_cannot_make(name: str) -> None:
             alone(name, **options)
     with pytest.raises(ValueError, match="timeout_s must be above 0"):
         alone(name, timeout_s=0)
-    with pytest.raises(ValueError, match="no payload 'fp4'; choose from exact, bf16, fp8"):
+    with pytest.raises(ValueError, match="no payload 'fp4'; choose from exact, bf16, fp8, logfmt8"):
         alone(name, payload="fp4")
 
 

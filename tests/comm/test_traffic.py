@@ -155,8 +155,9 @@ def test_what_is_sent_is_what_is_needed_and_comes_back(case: Case, payload: Payl
             total = records * traffic.record_bytes(phase, sizes)
             assert sum(hop.sum() for hop in sent) + traffic.local_bytes(phase, sizes).sum() == total
         # The way back is the way there: the same records, hop by hop in the other order.
-        there = traffic.hop_bytes("combine(B)", RowSizes(PayloadSizes("same", 2, 2), 256))
-        back = traffic.hop_bytes("combine(F)", RowSizes(PayloadSizes("same", 2, 2), 256))
+        same = RowSizes(PayloadSizes.named("bf16"), 256)
+        there = traffic.hop_bytes("combine(B)", same)
+        back = traffic.hop_bytes("combine(F)", same)
         assert [hop.T.tolist() for hop in reversed(back)] == [hop.tolist() for hop in there]
 
 
@@ -211,7 +212,7 @@ def test_unknown_names_are_refused_with_those_there_are() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_counted_bytes_are_those_that_the_dispatchers_send(ranks: RankPool, backend: str) -> None:
     # Rows are float32, so "exact" sends float32.
-    payloads = {"fp32": "exact", "bf16": "bf16", "fp8": "fp8"}
+    payloads = {"fp32": "exact"} | {name: name for name in ("bf16", "fp8", "logfmt8", "logfmt10")}
     told = ranks.run(
         cases_traffic.bytes_sent, world=4, name=backend, payloads=list(payloads.values())
     )
@@ -236,6 +237,8 @@ def test_records_of_v3_have_the_sizes_that_their_parts_add_up_to() -> None:
     assert of("bf16", "dispatch(F)") == 2 * 7168 + 8 * 4 + 8 * 2
     assert of("fp8", "dispatch(F)") == 7168 + 4 * 7168 // 128 + 8 * 4 + 8 * 2
     assert of("fp8", "combine(F)") == of("bf16", "combine(F)") == 2 * 7168
+    assert of("logfmt8", "combine(B)") == 7168 + 8 * 7168 // 128
+    assert of("logfmt10", "combine(F)") == of("logfmt10", "combine(B)") == 7168 * 5 // 4 + 8 * 56
     assert of("bf16", "dispatch(B)") == 2 * 7168 + 8 * 4
     assert of("fp8", "combine(B)") == 7168 + 4 * 7168 // 128
     # One expert: 4 + 2 bytes, and 2 up to a multiple of 4.
@@ -249,16 +252,21 @@ def test_records_of_v3_have_the_sizes_that_their_parts_add_up_to() -> None:
 def test_records_are_as_long_as_those_of_the_dispatchers(
     payload: PayloadSizes, hidden: int, top_k: int, num_slots: int
 ) -> None:
-    plain = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}[payload.name]
+    plain = torch.float32 if payload.name == "fp32" else torch.bfloat16
+    tiles = (torch.float32, -(-hidden // 128))
     indices = torch.int16 if num_slots <= 32768 else torch.int32
     weights, slots = (torch.float32, top_k), (indices, top_k)
-    spread = [(plain, hidden)]
+    gather = spread = [(plain, hidden)]
     if payload.name == "fp8":
-        spread = [(torch.uint8, hidden), (torch.float32, -(-hidden // 128))]
+        spread = [(torch.uint8, hidden), tiles]
+    elif payload.name == "logfmt8":
+        spread = [(torch.uint8, hidden), tiles, tiles]
+    elif payload.name == "logfmt10":
+        gather = spread = [(torch.uint8, -(-hidden // 4) * 5), tiles, tiles]
     formats = {
         "dispatch(F)": [*spread, weights, slots],
-        "combine(F)": [(plain, hidden)],
-        "dispatch(B)": [(plain, hidden), weights],
+        "combine(F)": gather,
+        "dispatch(B)": [*gather, weights],
         "combine(B)": spread,
     }
     for phase, parts in formats.items():

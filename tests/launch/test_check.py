@@ -4,9 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from counterflow.fp8.products.cublas import Cublas
+from counterflow.fp8.products.deep_gemm import DeepGemm
+from counterflow.fp8.products.triton import Triton
 from counterflow.launch.check import check, check_sizes, step_schedules
 from counterflow.launch.config import Config, load
+from counterflow.launch.fp8 import require_backend
+from counterflow.launch.settings import ConfigError
 from counterflow.launch.tokens import write_tokens
 from counterflow.parallel.schedule import build, save
 
@@ -68,6 +74,49 @@ def test_what_does_not_fit_is_refused_with_the_reason(
     message = refusal(*overrides)
     for word in words:
         assert word in message
+
+
+FP8 = ("fp8.enabled", "true")
+
+
+def test_fp8_in_float64_is_refused_with_what_to_take_instead() -> None:
+    message = refusal(FP8, ("train.dtype", "float64"))
+    assert "fp8.enabled with train.dtype=float64" in message
+    assert "set train.dtype to bfloat16" in message
+    for dtype in ("float32", "bfloat16"):
+        check_sizes(load(None, [FP8, ("train.dtype", dtype)]))
+
+
+def test_a_backend_that_cannot_serve_is_refused_before_any_process_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu = [FP8, ("run.device", "cpu")]
+    for name in ("auto", "reference", "emulation"):
+        check(load(None, [*cpu, ("fp8.backend", name)]))
+    check(load(None, [("fp8.backend", "deep_gemm")]))  # without fp8.enabled it is not asked for
+    # Installed, but for GPUs.
+    for kind in (DeepGemm, Cublas, Triton):
+        monkeypatch.setattr(kind, "missing", lambda _: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    message = refusal(*cpu, ("fp8.backend", "deep_gemm"), ("train.dtype", "bfloat16"))
+    assert "fp8.backend=deep_gemm cannot compute this model's dense products on cpu" in message
+    assert "fp8.backend=auto" in message
+    # Not installed: which, and how to get it.
+    monkeypatch.setattr(DeepGemm, "missing", lambda _: "DeepGEMM is not here; get it there")
+    message = refusal(*cpu, ("fp8.backend", "deep_gemm"))
+    assert "fp8.backend=deep_gemm: " in message
+    assert "DeepGEMM is not here; get it there" in message
+
+
+def test_a_backend_without_grouped_products_cannot_train_experts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a Hopper GPU that has it."""
+    monkeypatch.setattr(Cublas, "missing", lambda _: None)
+    monkeypatch.setattr("counterflow.fp8.products.cublas.why_not_hopper", lambda _: None)
+    config = load(None, [FP8, ("fp8.backend", "cublas"), ("train.dtype", "bfloat16")])
+    with pytest.raises(ConfigError, match=r"model's grouped products .*dense products alone"):
+        require_backend(config, torch.device("cuda"))
 
 
 def test_stages_per_rank_are_those_of_the_configuration() -> None:

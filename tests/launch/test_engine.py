@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 
-from counterflow.parallel.schedule import names
+from counterflow.launch.engine import Engine
+from counterflow.model import hf_grads
+from counterflow.parallel import Mesh, MeshShape
+from counterflow.parallel.accumulate import accumulate_in_float32
+from counterflow.parallel.schedule import build, names
 from tests import cases_training as cases
 from tests.ranks import RankPool
 
@@ -91,3 +98,73 @@ def test_replicas_stay_bit_identical(ranks: RankPool) -> None:
             copies += name in seen
             assert torch.equal(tensor, seen.setdefault(name, tensor)), name
     assert copies > len(seen)
+
+
+def bfloat16_sums(microbatches: int, dp: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Each micro-batch's gradient in one process, summed exactly and as bfloat16 would have it."""
+    single = cases.OneProcess(cases.config_for("dualpipe", 2), torch.bfloat16)
+    accumulate_in_float32(single.model.parameters())
+    inputs, targets = cases.global_batch(0, microbatches, dp)
+    exact: dict[str, Tensor] = {}
+    low: dict[str, Tensor] = {}
+    for x, y in zip(inputs.split(2), targets.split(2), strict=True):
+        single.gradients(x, y, 1)
+        for name, grad in hf_grads(single.model):
+            assert grad is not None
+            assert grad.dtype == torch.float32
+            mean = grad / (microbatches * dp)  # a power of two: exact
+            exact[name] = exact.get(name, 0) + mean.double()
+            low[name] = low.get(name, 0) + mean.bfloat16()
+    return exact, low
+
+
+def test_bfloat16_gradients_add_up_in_float32_over_micro_batches_and_ranks(ranks: RankPool) -> None:
+    sizes = {"schedule": "dualpipe", "pp": 2, "dp": 2, "ep": 2, "dtype": torch.bfloat16}
+    results = ranks.run(cases.gradients, world=4, **sizes)
+    exact, low = bfloat16_sums(results[0]["microbatches"], dp=2)
+    assert set().union(*(r["grads"] for r in results)) == set(exact)
+    lost: list[float] = []
+    for result in results:
+        for name, grad in result["grads"].items():
+            expected, norm = exact[name], float(exact[name].norm())
+            assert grad.dtype == torch.float32, name
+            # float32's rounding of some sums; the products are the same bits.
+            assert float((grad - expected).norm()) <= 1e-6 * norm, name
+            if not name.endswith("mlp.gate.weight"):  # the router's is float32 by itself
+                lost.append(float((low[name] - expected).norm()) / norm)
+    assert min(lost) > 1e-4  # a sum in bfloat16 would be far off, of any parameter
+
+
+def alone(dtype: torch.dtype, ema_decay: float | None) -> Engine:
+    """The whole of a small model in this process."""
+    config = replace(cases.TINY, num_hidden_layers=2, num_nextn_predict_layers=1)
+    schedule = build("1f1b", ranks=1, microbatches=2)
+    mesh = Mesh(MeshShape(1, 1, 1))
+    return Engine(config, mesh, schedule, dtype=dtype, ema_decay=ema_decay)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_average_is_of_masters_after_each_step_and_training_does_not_notice(
+    dtype: torch.dtype,
+) -> None:
+    plain, averaged = alone(dtype, None), alone(dtype, 0.9)
+    assert plain.ema is None
+    assert averaged.ema is not None
+    sources = {n: averaged.optimizer.masters.get(n, p) for n, p in averaged.parameters.items()}
+    seen: list[dict[str, Tensor]] = []
+    with averaged.ema:
+        for step in range(3):
+            batch = cases.global_batch(step, 2, 1)
+            assert averaged.step(*batch, **cases.STEP) == plain.step(*batch, **cases.STEP)
+            seen.append({name: s.detach().double().clone() for name, s in sources.items()})
+        batch = cases.global_batch(9, 2, 1)
+        loss = averaged.evaluate(*batch)
+        with averaged.ema.swapped():
+            assert averaged.evaluate(*batch) != loss
+        assert averaged.evaluate(*batch) == loss
+        found = averaged.ema.state_dict()["averages"]
+    for name, average in found.items():
+        mean = sum(w * s[name] for w, s in zip((0.81, 0.9, 1.0), seen, strict=True)) / 2.71
+        torch.testing.assert_close(average.double(), mean, rtol=1e-6, atol=1e-7)
+    for name, parameter in plain.parameters.items():
+        assert torch.equal(parameter, averaged.parameters[name]), name

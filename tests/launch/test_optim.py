@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from counterflow.fp8.adamw import AdamW
 from counterflow.launch.optim import Optimizer, clip_by_global_norm
 from tests.cases_optim import clipped_on_rank, gradients, ownership
 from tests.ranks import RankPool
@@ -84,10 +85,63 @@ def test_updates_below_the_resolution_of_bfloat16_are_not_lost() -> None:
     assert parameter.tolist() == pytest.approx([0.99] * 4, abs=2e-3)
 
 
+def test_bfloat16_moments_are_those_of_fp8s_adamw_for_parameters_and_masters() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        mine = parameters(dtype)
+        reference = {n: nn.Parameter(p.detach().float()) for n, p in mine.items()}
+        optimizer = Optimizer(mine.items(), weight_decay=0.0, moments=torch.bfloat16)
+        adam = AdamW(reference.values(), weight_decay=0.0)
+        for step in range(5):
+            give_gradients(mine, step)
+            for name, parameter in reference.items():
+                grad = mine[name].grad
+                assert grad is not None
+                parameter.grad = grad.float()
+            optimizer.step(lr=1e-2)
+            adam.param_groups[0]["lr"] = 1e-2
+            adam.step()
+        state = optimizer.state_dict()
+        for name, parameter in mine.items():
+            assert torch.equal(parameter, reference[name].to(dtype)), name
+            for key in ("exp_avg", "exp_avg_sq"):
+                assert state[name][key].dtype == torch.bfloat16
+                assert torch.equal(state[name][key], adam.state[reference[name]][key]), name
+
+
+def test_moments_of_the_other_kind_are_rounded_or_raised() -> None:
+    low, high = torch.bfloat16, torch.float32
+    for dtype, moments, other in ((torch.bfloat16, low, high), (torch.float32, high, low)):
+        given = parameters(dtype)
+        optimizer = Optimizer(given.items(), moments=moments)
+        give_gradients(given, 0)
+        optimizer.step(lr=0.1)
+        taker = Optimizer(parameters(dtype).items(), moments=other)
+        taker.load_state_dict(optimizer.state_dict())
+        state, taken = optimizer.state_dict(), taker.state_dict()
+        for name in given:
+            assert int(taken[name]["step"]) == 1
+            for key in ("exp_avg", "exp_avg_sq"):
+                assert taken[name][key].dtype == other, name
+                assert torch.equal(taken[name][key], state[name][key].to(other)), name
+        give_gradients(given, 1)
+        optimizer.load_state_dict(taken)
+        optimizer.step(lr=0.1)
+
+
+def test_moments_of_another_dtype_or_betas_beyond_them_are_refused() -> None:
+    named = parameters(torch.float32)
+    with pytest.raises(ValueError, match=r"float32 or torch\.bfloat16, got torch\.float16"):
+        Optimizer(named.items(), moments=torch.float16)
+    with pytest.raises(ValueError, match=r"bfloat16 moments need betas .* got 0\.999"):
+        Optimizer(named.items(), betas=(0.9, 0.999), moments=torch.bfloat16)
+
+
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_restored_optimizer_goes_on_bit_for_bit(dtype: torch.dtype) -> None:
+def test_a_restored_optimizer_goes_on_bit_for_bit(dtype: torch.dtype, moments: torch.dtype) -> None:
     whole, begun = parameters(dtype), parameters(dtype)
-    optimizer, first = Optimizer(whole.items()), Optimizer(begun.items())
+    optimizer = Optimizer(whole.items(), moments=moments)
+    first = Optimizer(begun.items(), moments=moments)
     for step in range(3):
         for named, it in ((whole, optimizer), (begun, first)):
             give_gradients(named, step)
@@ -95,7 +149,7 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(dtype: torch.dtype) -> None:
     other = parameters(dtype, seed=9)
     for name, parameter in other.items():
         parameter.data.copy_(begun[name].data)
-    resumed = Optimizer(other.items())
+    resumed = Optimizer(other.items(), moments=moments)
     resumed.load_state_dict(first.state_dict())
     for step in range(3, 6):
         for named, it in ((whole, optimizer), (other, resumed)):

@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from counterflow.fp8 import recipe
+from counterflow.fp8.products import BACKENDS
 from counterflow.launch.config import (
     Config,
     DataConfig,
@@ -16,6 +19,7 @@ from counterflow.launch.config import (
     rows,
     with_absolute_paths,
 )
+from counterflow.launch.fp8_config import GradientFormat, ProductBackend, Scales
 from counterflow.launch.settings import ConfigError, to_toml
 from counterflow.model import ModelConfig, Yarn
 from counterflow.parallel.mesh import MeshShape
@@ -134,6 +138,45 @@ def test_a_value_that_a_section_refuses_names_its_source_and_key() -> None:
     )
     assert refusal(("mesh.ep", "3")).startswith("--mesh.ep: mesh.ep=3 must divide mesh.dp=2")
     assert refusal(("model.n_group", "3")).startswith("--model.n_group: model: n_group=3 does not")
+    assert refusal(("train.ema_decay", "1")) == (
+        "--train.ema_decay: train.ema_decay must be above 0 and below 1, or none, got 1.0"
+    )
+    low = refusal(("train.moments", "bfloat16"), ("train.betas", "0.9,0.999"))
+    assert "train.moments and train.betas: bfloat16 moments need betas from 0 to 0.996094" in low
+    assert load(None, [("train.moments", "bfloat16")]).train.moments == "bfloat16"
+
+
+def test_what_fp8_implies_follows_unless_it_is_given() -> None:
+    plain, fp8 = load(), load(None, [("fp8.enabled", "true")])
+    assert (plain.payload, plain.moments) == ("exact", "float32")
+    assert (fp8.payload, fp8.moments) == ("fp8", "bfloat16")
+    given = [("dispatch.payload", "bf16"), ("train.moments", "float32")]
+    both = load(None, [("fp8.enabled", "true"), *given])
+    assert (both.payload, both.moments) == ("bf16", "float32")
+    refused = refusal(("fp8.enabled", "true"), ("train.betas", "0.9,0.999"))
+    assert "train.moments (auto, with fp8.enabled) and train.betas: bfloat16 moments" in refused
+    load(None, [("fp8.enabled", "true"), ("train.betas", "0.9,0.999"), given[1]])
+
+
+def test_fp8_and_recompute_are_written_and_read_as_they_were_given(tmp_path: Path) -> None:
+    keys = {"fp8.enabled": "true", "fp8.scales": "float32", "fp8.gradient_format": "e5m2"}
+    keys |= {"fp8.backend": "triton", "fp8.e5m6": "false", "fp8.check": "true"}
+    keys |= {"recompute.norms": "false", "recompute.up_projections": "none"}
+    config = load(None, keys.items())
+    text = to_toml(config)
+    assert load(written(tmp_path, text)) == config
+    assert 'payload = "auto"' in text  # what was decided is in result.json
+    assert (config.recompute.norms, config.recompute.up_projections) == (False, None)
+
+
+def test_the_names_of_the_recipe_are_those_of_the_configuration() -> None:
+    assert get_args(ProductBackend) == BACKENDS
+    assert get_args(Scales) == get_args(recipe.Scales)
+    assert get_args(GradientFormat) == get_args(recipe.Format)
+    assert refusal(("fp8.backend", "cutlass")) == (
+        '--fp8.backend: fp8.backend must be "auto" or "reference" or "emulation" or "cublas" or '
+        '"deep_gemm" or "transformer_engine" or "triton", got \'cutlass\''
+    )
 
 
 def test_missing_and_broken_files_are_named_with_the_line(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from counterflow.fp8 import Recipe
 from counterflow.model import (
     CheckpointError,
     DeepSeekV3,
@@ -24,7 +25,7 @@ from counterflow.model import (
     write_index,
     write_shard,
 )
-from tests.cases_model import SMALL, V2, expert_parallel_checkpoint, set_biases
+from tests.cases_model import SMALL, V2, batch, expert_parallel_checkpoint, set_biases
 from tests.ranks import RankPool
 
 MTP = replace(SMALL, num_nextn_predict_layers=1)
@@ -166,13 +167,164 @@ def test_derived_tensors_and_a_stored_tied_head_are_passed_over(tmp_path: Path) 
     assert equal(loaded, model)
 
 
-def test_float8_checkpoints_are_refused_with_the_remedy(tmp_path: Path) -> None:
-    save_hf([DeepSeekV3(SMALL)], tmp_path)
-    name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
-    with pytest.raises(CheckpointError, match="convert it to bfloat16 first"):
-        load_hf(
-            DeepSeekV3(SMALL), edited(tmp_path, lambda t: t.__setitem__(name, torch.ones(1, 1)))
-        )
+# Several blocks of 128 in either direction, the last ones smaller.
+BLOCKS = replace(MTP, hidden_size=160, intermediate_size=300, moe_intermediate_size=130)
+# What a model in FP8 multiplies at once are whole blocks of each weight here.
+ALIGNED = replace(
+    MTP, hidden_size=128, intermediate_size=256, moe_intermediate_size=128, q_lora_rank=128
+)
+FP8_DTYPES = {torch.float8_e4m3fn, torch.float8_e5m2}
+
+
+def dequantised(values: Tensor, scales: Tensor) -> Tensor:
+    """As the published description has it, block by block."""
+    wide = values.float()
+    for row in range(scales.shape[0]):
+        for column in range(scales.shape[1]):
+            block = (
+                slice(128 * row, 128 * (row + 1)),
+                slice(128 * column, 128 * (column + 1)),
+            )
+            wide[block] *= scales[row, column]
+    return wide
+
+
+@pytest.mark.parametrize("max_file_bytes", [10**9, 30_000], ids=["one file", "several"])
+def test_a_float8_checkpoint_is_of_the_published_form_and_loads(
+    max_file_bytes: int, tmp_path: Path
+) -> None:
+    model = DeepSeekV3(BLOCKS)
+    save_hf([model], tmp_path, fp8=True, max_file_bytes=max_file_bytes)
+    stored = {n: t for file in tmp_path.glob("*.safetensors") for n, t in load_file(file).items()}
+    in_fp8 = {name for name, tensor in stored.items() if tensor.dtype in FP8_DTYPES}
+    assert {f"{name}_scale_inv" for name in in_fp8} == {n for n in stored if "_scale_inv" in n}
+    layer = "model.layers.3"  # of multi-token prediction
+    assert {
+        "model.layers.0.mlp.gate_proj.weight",
+        "model.layers.0.self_attn.kv_a_proj_with_mqa.weight",
+        f"{layer}.self_attn.o_proj.weight",
+        f"{layer}.mlp.experts.15.down_proj.weight",
+        f"{layer}.mlp.shared_experts.up_proj.weight",
+    } <= in_fp8
+    for kept in ("embed_tokens", "lm_head", "norm", "mlp.gate.", "e_score", "eh_proj", "shared_h"):
+        assert not any(kept in name for name in in_fp8), kept
+    assert all(
+        stored[f"{name}_scale_inv"].shape == tuple(-(-n // 128) for n in stored[name].shape)
+        and stored[f"{name}_scale_inv"].dtype == torch.float32
+        for name in in_fp8
+    )
+    hf = json.loads((tmp_path / "config.json").read_text())
+    assert hf["quantization_config"] == {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    }
+    assert ModelConfig.from_hf(tmp_path) == BLOCKS
+    loaded = other(BLOCKS)
+    load_hf(loaded, tmp_path)
+    source = dict(hf_tensors(model))
+    for name, tensor in hf_tensors(loaded):
+        if name not in in_fp8:
+            assert torch.equal(tensor, source[name]), name
+            continue
+        assert torch.equal(tensor, dequantised(stored[name], stored[f"{name}_scale_inv"])), name
+        # E4M3 rounds to 2**-4 of a number or to 2**-10 of the scale, which is at most 1/224 of
+        # the largest.
+        error = (tensor - source[name]).abs()
+        assert bool((error <= 2**-4 * source[name].abs() + 2**-17 * source[name].amax()).all())
+
+
+def test_saving_what_was_loaded_from_float8_changes_nothing(tmp_path: Path) -> None:
+    first, second = other(BLOCKS), other(replace(BLOCKS, init_seed=7))
+    save_hf([DeepSeekV3(BLOCKS)], tmp_path / "a", fp8=True)
+    load_hf(first, tmp_path / "a")
+    save_hf([first], tmp_path / "b", fp8=True)
+    load_hf(second, tmp_path / "b")
+    assert equal(first, second)
+
+
+def test_a_model_in_float8_computes_with_what_it_saves(tmp_path: Path) -> None:
+    model = DeepSeekV3(ALIGNED, recipe=Recipe())
+    save_hf([model], tmp_path, fp8=True)
+    loaded = DeepSeekV3(replace(ALIGNED, init_seed=9), recipe=Recipe())
+    tokens, _ = batch(ALIGNED)
+    before = loaded.logits(loaded(tokens))
+    load_hf(loaded, tmp_path)
+    logits = model.logits(model(tokens))
+    assert torch.equal(loaded.logits(loaded(tokens)), logits)
+    assert not torch.equal(before, logits)
+
+
+def test_shards_in_float8_have_one_index(tmp_path: Path) -> None:
+    parts = [DeepSeekV3(MTP, part) for part in partition(MTP, 2)]
+    for number, part in enumerate(parts):
+        write_shard([part], tmp_path, str(number), fp8=True)
+    write_index(tmp_path, MTP)
+    assert "quantization_config" in json.loads((tmp_path / "config.json").read_text())
+    save_hf([DeepSeekV3(MTP)], tmp_path / "whole", fp8=True)
+    first, second = other(MTP), other(MTP)
+    load_hf(first, tmp_path)
+    load_hf(second, tmp_path / "whole")
+    assert equal(first, second)
+    write_shard([DeepSeekV3(MTP)], tmp_path, "wide")
+    with pytest.raises(CheckpointError, match=r"F8_E4M3 in model-0.*F32 in model-wide"):
+        write_index(tmp_path, MTP)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t, n: t.pop(f"{n}_scale_inv"), "in FP8, but there is no .*_scale_inv"),
+        (lambda t, n: t.update({n: t[n].float()}), "scales, but .* is F32, not F8_E4M3"),
+        (
+            lambda t, n: t.update({f"{n}_scale_inv": t[f"{n}_scale_inv"].bfloat16()}),
+            "_scale_inv: BF16, not F32",
+        ),
+        (
+            lambda t, n: t.update({f"{n}_scale_inv": torch.ones(2, 3)}),
+            r"_scale_inv: shape \[2, 3\], not \[2, 1\]",
+        ),
+        (
+            lambda t, n: t.update({n: t[n].float().to(torch.float8_e5m2)}),
+            "of FP8 only F8_E4M3 is read",
+        ),
+        (lambda t, n: t.pop(n), r"missing.*_scale_inv: unexpected"),
+    ],
+)
+def test_float8_that_does_not_fit_is_named(
+    edit: Callable[[dict[str, Tensor], str], object], message: str, tmp_path: Path
+) -> None:
+    name = "model.layers.0.self_attn.o_proj.weight"  # [160, 48]
+    save_hf([DeepSeekV3(BLOCKS)], tmp_path, fp8=True)
+    loaded = other(BLOCKS)
+    with pytest.raises(CheckpointError, match=message):
+        load_hf(loaded, edited(tmp_path, lambda tensors: edit(tensors, name)))
+    assert equal(loaded, other(BLOCKS)), "nothing was written"
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ({"quant_method": "awq", "bits": 4}, "quant_method='awq'.*only the published FP8"),
+        ({"quant_method": "fp8", "weight_block_size": [64, 64]}, r"weight_block_size=\[64, 64\]"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt='e5m2'"),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, "activation_scheme='static'"),
+        ({"bits": 8}, "does not name a quant_method"),
+        ("fp8", "does not name a quant_method"),
+    ],
+)
+def test_other_quantisations_are_refused(quantization: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_hf(SMALL.to_hf() | {"quantization_config": quantization})
+
+
+def test_what_a_float8_configuration_leaves_out_or_adds_does_not_matter() -> None:
+    for more in ({}, {"scale_fmt": "ue8m0", "modules_to_not_convert": []}):
+        quantization = {"quant_method": "fp8", **more}
+        hf = SMALL.to_hf() | {"quantization_config": quantization}
+        assert ModelConfig.from_hf(hf) == SMALL
+    assert ModelConfig.from_hf(SMALL.to_hf() | {"quantization_config": None}) == SMALL
 
 
 def test_values_are_converted_to_the_dtype_of_the_model(tmp_path: Path) -> None:

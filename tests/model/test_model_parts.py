@@ -356,8 +356,7 @@ def test_attention_without_experts_is_softmax_attention() -> None:
     attention = model.decoder_layers()[0].self_attn
     rotation = model.rotation(6, torch.device("cpu"))
     x = torch.randn(1, 6, SMALL.hidden_size, dtype=torch.float64)
-    q = attention._queries(x, rotation, None)
-    k, v = attention._keys_values(x, rotation, None)
+    q, k, v = attention.expand(attention.latents(x), rotation)
     rotated = k[..., SMALL.qk_nope_head_dim :]
     assert torch.equal(rotated, rotated[:, :1].expand_as(rotated))
     mask = torch.full((6, 6), -torch.inf, dtype=torch.float64).triu(1)

@@ -1,0 +1,112 @@
+"""What the backward makes again changes no bit, and nothing stays alive that nobody needs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.activation_memory import Alive
+from counterflow.fp8 import Recipe
+from counterflow.model import DeepSeekV3, ModelConfig
+from counterflow.model.build import Recompute
+from counterflow.parallel.chunk import Chunk
+from tests.cases_model import SMALL, batch, grads_by_name, total_loss
+
+MTP = replace(SMALL, num_hidden_layers=2, n_routed_experts=8, num_nextn_predict_layers=1)
+UNCOMPRESSED = replace(MTP, q_lora_rank=None, num_nextn_predict_layers=0)
+AGAIN = [Recompute(True, False), Recompute(False, True), Recompute(True, True)]
+RECIPES = {
+    "bf16": None,
+    "fp8": Recipe(),
+    "no e5m6": Recipe(e5m6=False),
+    "float32 scales": Recipe(scales="float32"),
+}
+
+
+def make(config: ModelConfig, recipe: Recipe | None, recompute: Recompute | None) -> DeepSeekV3:
+    return DeepSeekV3(config, dtype=torch.bfloat16, recipe=recipe, recompute=recompute)
+
+
+def step(model: DeepSeekV3, *, queue: bool = True, split: bool = False) -> dict[str, Tensor]:
+    """Gradients of one micro-batch, and its loss among them."""
+    tokens, targets = batch(model.config, length=12)
+    chunk = Chunk()
+    if queue:
+        loss = total_loss(model, tokens, targets, chunk)
+        chunk.weight_grads.deferring = split
+    else:
+        loss = model.loss(model(tokens), targets)
+    loss.backward()
+    chunk.weight_grads.run()
+    if not queue:  # multi-token prediction has a loss in a chunk alone
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **grads_by_name(model)}
+
+
+def require_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("config", [MTP, UNCOMPRESSED], ids=["v3", "queries not compressed"])
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_what_is_made_again_is_the_same_to_the_last_bit(
+    config: ModelConfig, recipe: Recipe | None
+) -> None:
+    expected = step(make(config, recipe, None))
+    for number, recompute in enumerate(AGAIN):
+        found = step(make(config, recipe, recompute), split=number == len(AGAIN) - 1)
+        require_same(found, expected)
+
+
+@pytest.mark.parametrize("recipe", [None, Recipe()], ids=["bf16", "fp8"])
+def test_it_is_the_same_without_a_queue(recipe: Recipe | None) -> None:
+    expected = step(make(MTP, recipe, None), queue=False)
+    require_same(step(make(MTP, recipe, AGAIN[-1]), queue=False), expected)
+
+
+def test_e5m6_changes_gradients_by_its_rounding_alone() -> None:
+    """Its steps are 2**-6 of a number apart, E4M3's 2**-3: no more than an error of that size.
+
+    The forward is the same. What differs are the output of attention in its own backward, which
+    without E5M6 is not rounded, and the input of the product after it, which then is in E4M3.
+    """
+    config = replace(MTP, num_nextn_predict_layers=0)
+    plain = step(make(config, Recipe(e5m6=False), None))
+    packed = step(make(config, Recipe(), None))
+    assert torch.equal(plain["loss"], packed["loss"])
+    changed = [n for n, g in plain.items() if not torch.equal(g, packed[n])]
+    assert any("o_proj" in name for name in changed)
+    last = "model.layers.1"
+    after = [n for n in plain if n.startswith((f"{last}.mlp", f"{last}.post", "lm_head"))]
+    assert after
+    assert not set(after) & set(changed)
+    for name in changed:
+        error = (plain[name].float() - packed[name].float()).norm() / plain[name].float().norm()
+        assert error < 2**-3, name
+
+
+@pytest.mark.parametrize("recompute", [Recompute(), AGAIN[-1]], ids=str)
+@pytest.mark.parametrize("recipe", [None, Recipe()], ids=["bf16", "fp8"])
+def test_nothing_stays_alive(recipe: Recipe | None, recompute: Recompute) -> None:
+    """Not without gradients, nor of a graph that is dropped, nor of what was made again."""
+    model = make(MTP, recipe, recompute)
+    tokens, targets = batch(MTP, length=12)
+    step(model)  # weights are quantised, gradients and the table of angles are there
+    with Alive() as alive:
+        with torch.no_grad():
+            hidden = model(tokens, Chunk())
+            assert alive.nbytes() == hidden.nbytes
+            del hidden
+        chunk = Chunk()
+        loss = total_loss(model, tokens, targets, chunk)
+        assert alive.nbytes() > 10 * loss.nbytes
+        del loss, chunk
+        assert alive.nbytes() == 0
+        for _ in range(2):
+            step(model, split=True)
+            assert alive.nbytes() == 0
