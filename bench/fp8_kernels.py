@@ -1,6 +1,6 @@
 """FP8 on this machine's GPU: quantising kernels beside a copy, products beside cuBLAS and DeepGEMM.
 
-    python -m bench.fp8_kernels [--repeats 20] [--only kernels|products]
+    python -m bench.fp8_kernels [--repeats 20] [--only kernels|products]   # --only writes nothing
     python -m bench.fp8_kernels --tiny     # on a CPU: each case once, at small sizes; no result
 
 Shapes are DeepSeek-V3's. All times of a comparison come from one run whose candidates take turns,
@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ DENSE = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168),
 GROUPED = ((4096, 7168), (7168, 2048))
 # What share of the rows each of eight experts gets.
 SHARES = (0.02, 0.05, 0.08, 0.1, 0.13, 0.17, 0.2, 0.25)
+CHANGING = "grouped wgrad, changing"  # as routings do, from one call to the next
 FLUSH_BYTES = 1 << 28  # several times what a second-level cache holds
 SPIN_CYCLES = 2_000_000  # about 1 ms, in which the host starts what is to be timed
 
@@ -169,6 +171,43 @@ def backends() -> list[Backend]:
     return found
 
 
+def changing_counts(rows: int, seed: int) -> list[int]:
+    """Rows of eight experts as of one micro-batch among many, each with a routing of its own."""
+    random = torch.Generator().manual_seed(seed)
+    shares = torch.tensor(SHARES)[torch.randperm(len(SHARES), generator=random)]
+    shares *= 0.5 + torch.rand(len(SHARES), generator=random)
+    ends = [0, *(shares.cumsum(0) / shares.sum() * rows).round().int().tolist()]
+    return [b - a for a, b in pairwise(ends)]
+
+
+def changing_wgrad(
+    rows: int, n: int, k: int, device: str, routings: int
+) -> tuple[Callable[[Backend], object], Callable[[], object]]:
+    """Weight gradients of experts whose counts no call of a backend shares with its last ones.
+
+    What a backend does anew for counts it has not seen (tables, tuning, compiling) is in its times.
+    """
+    random = torch.Generator(device).manual_seed(1)
+    grad, x = (
+        torch.randn(rows, size, generator=random, device=device, dtype=torch.bfloat16)
+        for size in (n, k)
+    )
+    every = [changing_counts(rows, seed) for seed in range(routings)]
+    operands = [(quantize_columns(grad, c), quantize_columns(x, c), c) for c in every]
+    into = torch.zeros(len(SHARES), n, k, device=device)
+    turns: defaultdict[str, Iterator[Any]] = defaultdict(lambda: cycle(operands))
+
+    def in_fp8(by: Backend) -> object:
+        a, b, counts = next(turns[by.name])
+        return by.grouped_along_k(a, b, counts, accumulate=into)
+
+    def in_bf16() -> object:
+        _, _, counts = next(turns["bf16"])
+        return [g.t() @ y for g, y in zip(grad.split(counts), x.split(counts), strict=True)]
+
+    return in_fp8, in_bf16
+
+
 def product_runs(
     kind: str, rows: int, n: int, k: int, device: str
 ) -> tuple[Callable[[Backend], object], Callable[[], object]]:
@@ -211,7 +250,11 @@ def product_runs(
 
 def product(kind: str, rows: int, n: int, k: int, repeats: int) -> dict[str, Any]:
     """A row of the second table: TFLOP/s by backend, and ratios."""
-    by_backend, in_bf16 = product_runs(kind, rows, n, k, "cuda")
+    if kind == CHANGING:
+        # One call to see who serves, and three rounds that do not count.
+        by_backend, in_bf16 = changing_wgrad(rows, n, k, "cuda", repeats + 4)
+    else:
+        by_backend, in_bf16 = product_runs(kind, rows, n, k, "cuda")
     names, runs, refused = ["bf16"], [in_bf16], {}
     for candidate in backends():
         try:
@@ -243,6 +286,8 @@ def products(tokens: Sequence[int], repeats: int) -> Iterator[dict[str, Any]]:
             for n, k in shapes:
                 for which in ("forward", "dgrad", "wgrad"):
                     yield product(f"{kinds}{which}", rows, n, k, repeats)
+        for n, k in GROUPED:
+            yield product(CHANGING, rows, n, k, repeats)
 
 
 def show(row: dict[str, Any]) -> None:
@@ -258,7 +303,7 @@ def show(row: dict[str, Any]) -> None:
     if row["of_best"]:
         parts += [f"{name}/best {r:.2f}" for name, r in row["of_best"].items() if name == "triton"]
     sizes = f"{row['rows']}x{row['n']}x{row['k']}"
-    print(f"{row['product']:16} {sizes:18} TFLOP/s: {', '.join(parts)}", flush=True)
+    print(f"{row['product']:22} {sizes:18} TFLOP/s: {', '.join(parts)}", flush=True)
 
 
 def try_all() -> None:
@@ -271,6 +316,11 @@ def try_all() -> None:
             by_backend(backend("reference"))
             in_bf16()
             print(f"{kinds + which:26} ran")
+    by_backend, in_bf16 = changing_wgrad(130, 128, 256, "cpu", 2)
+    for _ in range(2):
+        by_backend(backend("reference"))
+        in_bf16()
+    print(f"{CHANGING:26} ran")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -279,7 +329,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192])
-    parser.add_argument("--only", choices=["kernels", "products"])
+    parser.add_argument(
+        "--only", choices=["kernels", "products"], help="one table alone, which is not written"
+    )
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args(arguments)
     if args.tiny:

@@ -6,25 +6,29 @@
 The runs:
 
     bf16              every product in BF16: what the others are compared with
+    float32           every product in float32: how far rounding alone drives two runs apart
     fp8               DeepSeek-V3's recipe
     block_gradients   negative control: output gradients quantised in blocks of 128x128
     fp8_outliers      DeepSeek-V3's recipe on a model with outlier channels
     tensor_outliers   negative control: one scale for each tensor, on that model
 
-Outlier channels: in the output of each layer's norms some channels are 2**15 times larger, and the
-weights that multiply them as much smaller; powers of two, so that in BF16 the model, its training
-(Adam's updates of these weights scaled as well) and its loss are the same to the last bit, and the
-run bf16 is the baseline of all. Gaussian inputs cannot tell fine-grained scaling from a scale for
+Outlier channels: in the output of each layer's norms some channels are 2**18 times larger, and the
+weights that multiply them as much smaller, but for the optimizer, which sees them without; all
+powers of two, so that in BF16 the training and its loss are the same to the last bit, and the run
+bf16 is the baseline of all. Gaussian inputs cannot tell fine-grained scaling from a scale for
 each tensor.
+
+The recipe is whole: in FP8 AdamW's moments are bfloat16, in bf16 and float32 they are float32. The
+controls stop earlier, under the same learning rates.
 
 Losses are smoothed by an exponential moving average with coefficient 0.9 and compared relative to
 bf16's at each step, as in arXiv 2412.19437, appendix B.1. Besides, at the weights that bf16 ends
-with, the relative error of the gradient of the loss by each recipe against BF16's, over all
-parameters of decoder layers.
+with, the relative error of the gradient of the loss against BF16's, over all parameters of decoder
+layers, of the runs without outliers.
 
 Each run is a process of its own with one thread. Its losses lie in DIR while it goes on; a run that
-is complete there is not run again. Results go to bench/results/fp8_training.json and the curves to
-bench/results/fp8_training.svg.
+is complete there is not run again, and one of other options is refused. Results go to
+bench/results/fp8_training.json and the curves to .svg beside it; with CUDA, fp8_training_cuda.
 """
 
 from __future__ import annotations
@@ -32,10 +36,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,21 +64,29 @@ from .machine import RESULTS, write_result
 
 LENGTH = 128
 SMOOTHING = 0.9
-OUTLIER = 2.0**15
+OUTLIER = 2.0**18
 OUTLIERS = slice(0, 128, 64)  # two channels, both in a row's first tile
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One run: its recipe, None for BF16, and whether its model has outlier channels."""
+    """One run.
+
+    Attributes:
+        recipe: of FP8, or None.
+        outliers: whether its model has outlier channels.
+        dtype: of what is not in FP8.
+    """
 
     recipe: Recipe | None = None
     outliers: bool = False
+    dtype: torch.dtype = torch.bfloat16
 
 
 TENSOR = Recipe(activations="tensor", gradients="tensor", weights="tensor")
 VARIANTS = {
     "bf16": Variant(),
+    "float32": Variant(dtype=torch.float32),
     "fp8": Variant(Recipe()),
     "block_gradients": Variant(Recipe(gradients="block")),
     "fp8_outliers": Variant(Recipe(), outliers=True),
@@ -121,30 +134,26 @@ class Outliers:
         self._weights = [w for m in layers for w in _after_norms(m)]
         self.scales = {id(p): OUTLIER for p in self._gains}
         self.scales.update({id(p): 1 / OUTLIER for p in self._weights})
-        self._before: list[Tensor] = []
-        for p in self._both():
-            self._set(p, self._get(p) * self.scales[id(p)])
+        self._scale(forth=True)
+        self._update = engine.optimizer.step
+        engine.optimizer.step = self._step
 
-    def before_update(self) -> None:
-        """Remember the outlier channels' values."""
-        self._before = [self._get(p).clone() for p in self._both()]
-
-    def after_update(self) -> None:
-        """Scale the step that Adam made in them, which does not depend on a gradient's size."""
-        for p, old in zip(self._both(), self._before, strict=True):
-            self._set(p, old + (self._get(p) - old) * self.scales[id(p)])
-
-    def _both(self) -> list[nn.Parameter]:
-        return [*self._gains, *self._weights]
-
-    def _get(self, p: nn.Parameter) -> Tensor:
-        return self._masters[id(p)].detach()[..., OUTLIERS]
+    def _step(self, lr: float) -> None:
+        """The optimizer's update of the model without outliers, so that it is that model's."""
+        for p in (*self._gains, *self._weights):
+            assert p.grad is not None
+            p.grad[..., OUTLIERS] *= self.scales[id(p)]
+        self._scale(forth=False)
+        self._update(lr)
+        self._scale(forth=True)
 
     @torch.no_grad()
-    def _set(self, p: nn.Parameter, values: Tensor) -> None:
-        self._masters[id(p)][..., OUTLIERS] = values
-        if self._masters[id(p)] is not p:
-            p.copy_(self._masters[id(p)])
+    def _scale(self, *, forth: bool) -> None:
+        for p in (*self._gains, *self._weights):
+            master, scale = self._masters[id(p)], self.scales[id(p)]
+            master[..., OUTLIERS] *= scale if forth else 1 / scale
+            if master is not p:
+                p.copy_(master)
 
 
 def _after_norms(layer: DecoderLayer) -> list[nn.Parameter]:
@@ -176,7 +185,7 @@ class Study:
             config,
             Mesh(MeshShape()),
             build("1f1b", ranks=1, microbatches=1),
-            dtype=torch.bfloat16,
+            dtype=variant.dtype,
             device=self.device,
             recipe=variant.recipe,
             moments=torch.bfloat16 if variant.recipe else torch.float32,
@@ -186,9 +195,7 @@ class Study:
         self.text = corpus.name
         self.loader = Loader(corpus.train, LENGTH, seed=0)
         self.validation = Loader(corpus.validation, LENGTH, seed=0)
-        self.outliers = None
-        if variant.outliers:
-            self.outliers = Outliers(self.engine)
+        self.outliers = Outliers(self.engine) if variant.outliers else None
 
     def batch_of(self, loader: Loader) -> tuple[Tensor, Tensor]:
         """Inputs and targets, [batch, LENGTH] each."""
@@ -197,12 +204,8 @@ class Study:
 
     def step(self, lr: float) -> float:
         """One optimizer step; the loss before it, nats a byte."""
-        if self.outliers is not None:
-            self.outliers.before_update()
         # No clipping: the outliers' gradients would rule the norm.
         result = self.engine.step(*self.batch_of(self.loader), lr=lr, max_norm=0.0)
-        if self.outliers is not None:
-            self.outliers.after_update()
         return result.losses["main"]
 
     def validate(self, batches: int) -> float:
@@ -230,6 +233,7 @@ def run(name: str, options: argparse.Namespace) -> None:
     part = options.folder / f"{name}.part"
     begin = time.perf_counter()
     with part.open("w", encoding="utf-8") as out:
+        print(json.dumps(setting(name, options)), file=out)
         for step in range(number_of_steps(name, options)):
             loss = study.step(learning_rate(step, options.steps))
             seconds = time.perf_counter() - begin
@@ -244,33 +248,57 @@ def run(name: str, options: argparse.Namespace) -> None:
 
 def number_of_steps(name: str, options: argparse.Namespace) -> int:
     """Steps of a run; the learning rate follows the longer ones' schedule in all."""
-    return options.steps if name in ("bf16", "fp8") else options.control_steps
+    return options.steps if name in ("bf16", "float32", "fp8") else options.control_steps
 
 
-def gradient_errors(options: argparse.Namespace) -> dict[str, float]:
+def setting(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a run's losses depend on, written before them."""
+    return {
+        "steps": number_of_steps(name, options),
+        "schedule_steps": options.steps,
+        "batch": options.batch,
+        "scale": options.scale,
+        "device": options.device,
+    }
+
+
+def read(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The lines of a complete run: a loss a step, and the last with the validation loss.
+
+    Raises:
+        ValueError: it is of other options.
+    """
+    path = options.folder / f"{name}.jsonl"
+    first, *lines = (json.loads(li) for li in path.read_text(encoding="utf-8").splitlines())
+    if first != setting(name, options):
+        raise ValueError(
+            f"{path} is of a run with other options, {first}, and now {setting(name, options)} are "
+            "asked for; give another --folder, or delete it"
+        )
+    return lines
+
+
+def gradient_errors(options: argparse.Namespace, names: list[str]) -> dict[str, float]:
     """By run: |gradient - BF16's| / |BF16's| at bf16's last weights, over the decoder layers."""
     torch.set_num_threads(1)
     weights = torch.load(options.folder / "bf16.pt", map_location=options.device)
     exact: dict[str, Tensor] = {}
     errors: dict[str, float] = {}
-    for name, variant in VARIANTS.items():
-        # Outliers are scaled back in the gradients, so that all runs' are of one model.
-        plain = replace(variant, outliers=False)
-        study = Study(plain, scale=options.scale, batch=options.batch, device=options.device)
+    for name in ("bf16", *(n for n in names if n != "bf16")):
+        if VARIANTS[name].outliers:  # weights that were trained without say little of it
+            continue
+        study = Study(
+            VARIANTS[name], scale=options.scale, batch=options.batch, device=options.device
+        )
         with torch.no_grad():
             for n, p in study.engine.parameters.items():
                 p.copy_(weights[n])
-            for n, master in study.engine.optimizer.masters.items():
-                master.copy_(weights[n])
-        scales = Outliers(study.engine).scales if variant.outliers else {}
         study.engine.gradients(*study.batch_of(study.validation))
-        grads: dict[str, Tensor] = {}
-        for n, p in study.engine.parameters.items():
-            if ".layers." not in n or p.grad is None:
-                continue
-            grads[n] = p.grad.double()
-            if id(p) in scales:
-                grads[n][..., OUTLIERS] *= scales[id(p)]
+        grads = {
+            n: p.grad.double()
+            for n, p in study.engine.parameters.items()
+            if ".layers." in n and p.grad is not None
+        }
         exact = exact or grads
         wrong = sum(float((grads[n] - exact[n]).square().sum()) for n in exact)
         errors[name] = math.sqrt(wrong / sum(float(g.square().sum()) for g in exact.values()))
@@ -286,28 +314,29 @@ def smoothed(losses: list[float]) -> NDArray[np.float64]:
     return np.array(found)
 
 
-def summary(folder: Path, names: list[str]) -> dict[str, Any]:
-    """The runs' curves and how they differ from bf16's."""
-    read: dict[str, tuple[list[float], dict[str, Any], float]] = {}
-    for name in names:
-        lines = [json.loads(li) for li in (folder / f"{name}.jsonl").read_text().splitlines()]
-        read[name] = [li["loss"] for li in lines[:-1]], lines[-1], lines[-2]["seconds"]
-    base = smoothed(read["bf16"][0])
+def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The runs' curves and how they differ from bf16's, from what `read` gives."""
+    losses = {name: [line["loss"] for line in lines[:-1]] for name, lines in runs.items()}
+    base = smoothed(losses["bf16"])
     found: dict[str, Any] = {}
-    for name, (losses, last, seconds) in read.items():
-        curve = smoothed(losses)
+    for name, lines in runs.items():
+        curve = smoothed(losses[name])
         difference = curve / base[: len(curve)] - 1
-        half = len(curve) // 2
+        size = np.abs(difference)
+        warm = len(base) // 10  # where the loss falls steeply, a step more or less is per cents
+        last = 3 * len(curve) // 4
         found[name] = {
             "steps": len(curve),
             "final_loss": round(float(curve[-1]), 5),
-            "validation_loss": round(last["validation_loss"], 5),
+            "validation_loss": round(lines[-1]["validation_loss"], 5),
             "relative_difference_final": round(float(difference[-1]), 6),
-            "relative_difference_largest_second_half": round(
-                float(np.abs(difference[half:]).max()), 6
+            "relative_difference_largest_last_quarter": round(float(size[last:].max()), 6),
+            "relative_difference_largest_after_warm_up": round(float(size[warm:].max()), 6),
+            "relative_difference_mean_after_warm_up": round(float(difference[warm:].mean()), 6),
+            "share_within_0.25_percent_after_warm_up": round(
+                float((size[warm:] <= 0.0025).mean()), 4
             ),
-            "relative_difference_mean_second_half": round(float(difference[half:].mean()), 6),
-            "seconds": seconds,
+            "seconds": lines[-2]["seconds"],
             "smoothed_loss": [round(float(x), 5) for x in curve],
         }
     return found
@@ -336,19 +365,45 @@ def draw(runs: dict[str, Any], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def run_all(names: list[str], jobs: int) -> None:
+    """Each of these runs in a process, `jobs` at once; the first that fails ends all."""
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs end with this
+    try:
+        while names or running:
+            while names and len(running) < jobs:
+                command = [sys.executable, "-m", "bench.fp8_training", *sys.argv[1:]]
+                running[names[0]] = subprocess.Popen([*command, "--run", names[0]])
+                print(f"{names.pop(0)} runs", flush=True)
+            time.sleep(1)
+            for name, process in list(running.items()):
+                if process.poll():
+                    sys.exit(f"{name} ended with code {process.returncode}")
+                if process.poll() == 0:
+                    del running[name]
+    finally:
+        for process in running.values():
+            process.kill()
+
+
 def main() -> None:
     """Run what is missing, then sum up."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=500, help="of bf16, float32 and fp8")
     parser.add_argument("--control-steps", type=int, default=250, help="of the three other runs")
     parser.add_argument("--batch", type=int, default=8, help=f"sequences of {LENGTH} a step")
     parser.add_argument("--scale", type=int, default=1, help="factor of the model's sizes")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--runs", default=",".join(VARIANTS), help="which, bf16 among them")
     parser.add_argument("--folder", type=Path, default=Path("runs/fp8_training"))
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # one run, in this process
     options = parser.parse_args()
+    for name in ("jobs", "batch", "scale"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be 1 or more, got {getattr(options, name)}")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here; leave it out to run on the CPU")
     names = options.runs.split(",")
     unknown = [n for n in names if n not in VARIANTS]
     if unknown or "bf16" not in names or not 2 <= options.control_steps <= options.steps:
@@ -356,36 +411,34 @@ def main() -> None:
             f"--runs takes bf16 and others of {', '.join(VARIANTS)}; --steps and --control-steps "
             "must be 2 or more, --control-steps at most --steps"
         )
-    options.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        options.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--folder {options.folder} cannot be made: {error.strerror}")
     if options.run:
         run(options.run, options)
         return
-    waiting = [n for n in names if not (options.folder / f"{n}.jsonl").exists()]
-    running: list[tuple[str, subprocess.Popen[bytes]]] = []
-    while waiting or running:
-        while waiting and len(running) < options.jobs:
-            name = waiting.pop(0)
-            command = [sys.executable, "-m", "bench.fp8_training", *sys.argv[1:], "--run", name]
-            running.append((name, subprocess.Popen(command)))
-            print(f"{name} runs", flush=True)
-        time.sleep(1)
-        for name, process in running:
-            if process.poll():
-                sys.exit(f"{name} ended with code {process.returncode}")
-        running = [(n, p) for n, p in running if p.poll() is None]
-    runs = summary(options.folder, names)
-    errors = gradient_errors(options)
+    done = [n for n in names if (options.folder / f"{n}.jsonl").exists()]
+    try:
+        for name in done:
+            read(name, options)
+    except ValueError as error:
+        parser.error(str(error))
+    run_all([n for n in names if n not in done], options.jobs)
+    runs = summary({n: read(n, options) for n in names})
+    errors = gradient_errors(options, names)
     for name, result in runs.items():
-        result["gradient_error"] = round(errors[name], 5)
+        if name in errors:
+            result["gradient_error"] = round(errors[name], 5)
         print(
             f"{name:16} loss {result['final_loss']:.4f}  validation "
             f"{result['validation_loss']:.4f}  from bf16 "
             f"{100 * result['relative_difference_final']:+.3f} %, at most "
-            f"{100 * result['relative_difference_largest_second_half']:.3f} % in the second half"
-            f"  gradient error {result['gradient_error']:.4f}"
+            f"{100 * result['relative_difference_largest_last_quarter']:.3f} % in the last quarter "
+            f"and {100 * result['relative_difference_largest_after_warm_up']:.3f} % after warm-up"
         )
     config = model(options.scale)
-    setting = {
+    about = {
         "steps": options.steps,
         "tokens_per_step": options.batch * LENGTH,
         "parameters": num_parameters(config),
@@ -393,8 +446,9 @@ def main() -> None:
         "device": options.device,
         "smoothing": SMOOTHING,
     }
-    print(write_result("fp8_training", {**setting, "runs": runs}))
-    draw(runs, RESULTS / "fp8_training.svg")
+    result = "fp8_training" if options.device == "cpu" else f"fp8_training_{options.device}"
+    print(write_result(result, {**about, "runs": runs}))
+    draw(runs, RESULTS / f"{result}.svg")
 
 
 if __name__ == "__main__":

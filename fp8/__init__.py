@@ -20,6 +20,7 @@ from .quantize import (
     transpose_tiles,
 )
 from .recipe import NonFiniteError, Recipe
+from .weights import forget
 
 __all__ = [
     "E4M3",
@@ -37,6 +38,7 @@ __all__ = [
     "decode_logfmt",
     "dequantize",
     "encode_logfmt",
+    "forget",
     "grouped_matmul",
     "grouped_matmul_along_k",
     "pack_e5m6",

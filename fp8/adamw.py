@@ -54,8 +54,8 @@ class AdamW(Optimizer):
 
     A group may be given its own lr, betas, eps and weight_decay. State of a parameter: "step"
     (float32 scalar on the CPU), "exp_avg" and "exp_avg_sq" (bfloat16, its shape, beside it).
-    `load_state_dict` takes moments of any dtype over by rounding them to bfloat16, which of this
-    class's own is exact.
+    `load_state_dict` takes moments of any dtype and strides over by rounding them to bfloat16,
+    which of this class's own is exact.
 
     Args:
         params: parameters or groups; float32 (masters of bfloat16 weights, say) or float64, which
@@ -114,12 +114,16 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of torch's optimizers, which give moments the parameter's dtype; here bfloat16."""
+        """As of torch's optimizers, which give moments the parameter's dtype; here bfloat16.
+
+        Moments with other strides, as torch keeps them of a transposed parameter, are laid out
+        anew: a step updates them through flat views.
+        """
         super().load_state_dict(state_dict)
         for state in self.state.values():
             for key in ("exp_avg", "exp_avg_sq"):
                 if key in state:
-                    state[key] = state[key].to(torch.bfloat16)
+                    state[key] = state[key].to(torch.bfloat16).contiguous()
 
     def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
@@ -130,8 +134,10 @@ class AdamW(Optimizer):
                     parameter, dtype=torch.bfloat16, memory_format=torch.contiguous_format
                 )
         state["step"] += 1
-        tensors = (parameter, grad, state["exp_avg"], state["exp_avg_sq"])
-        for w, g, m, v in zip(*(t.reshape(-1).split(_PIECE) for t in tensors), strict=True):
+        # `view` raises where `reshape` would have the update go into a copy.
+        changed = [t.view(-1) for t in (parameter, state["exp_avg"], state["exp_avg_sq"])]
+        pieces = (t.split(_PIECE) for t in (grad.reshape(-1), *changed))
+        for g, w, m, v in zip(*pieces, strict=True):
             _update_piece(w, g, m, v, int(state["step"]), group)
 
 

@@ -24,7 +24,10 @@ class Carried:
 
     Attributes:
         tiles: the tensor in tiles of 1x128, to the last bit: it is these, dequantised.
-        remake: makes the tensor again, the same bits; what it needs for that is kept anyway.
+        remake: makes the tensor again, the same bits; what it needs for that is kept anyway. A
+            product that takes the tensor has this function in its node of autograd's graph, and it
+            lives as long as that: an output that is held after its backward holds what this
+            captures, unlike saved tensors, which the backward frees.
     """
 
     tiles: Quantized | None = None

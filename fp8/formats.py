@@ -6,6 +6,7 @@ along C, its last dimension, as Hopper's FP8 units want it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -84,6 +85,11 @@ def tiles_in(size: int) -> int:
     return -(-size // TILE)
 
 
+def padded_rows(counts: Sequence[int]) -> int:
+    """P: rows of groups that are each padded to a multiple of 128."""
+    return sum(tiles_in(n) for n in counts) * TILE
+
+
 def largest(dtype: torch.dtype) -> float:
     """The largest finite value of an FP8 format.
 
@@ -101,7 +107,11 @@ def decode(values: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     Args:
         values: of an FP8 dtype.
         dtype: float32 or float64, into which every code fits.
+
+    Raises:
+        ValueError: values are not E4M3 or E5M2.
     """
+    largest(values.dtype)  # refuses what is neither
     if values.is_cuda:
         return values.to(dtype)
     # torch converts one code after the other on CPUs; shifting whole tensors takes a fifth of that.

@@ -16,20 +16,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .carried import carried, carry
-from .e5m6 import Packed, pack_e5m6, unpack_e5m6
 from .formats import Quantized
 from .products import grouped_matmul, grouped_matmul_along_k, scaled_matmul
 from .recipe import Recipe
 from .weights import QuantizedWeight
-
-Keep = Literal["fp8", "e5m6"]
 
 
 class Queue(Protocol):
@@ -48,10 +45,12 @@ class Call:
         recipe: which numbers, and by which backend.
         quantized: the weight's FP8 form.
         queue: where weight gradients go; None computes them at once and hands them to autograd, as
-            is done for weights that are computed or have hooks.
+            is done for weights that are computed or have hooks. Hooks on a weight's AccumulateGrad
+            node, as DistributedDataParallel's, cannot be seen and do not learn of a gradient that
+            goes to the queue. Nor can a backward know that it runs within `torch.autograd.grad`:
+            with a queue it adds to `weight.grad` there too, and that call finds no gradient.
         counts: of grouped products, the rows of each expert; None of a dense one.
         name: of the layer, for errors.
-        keep: the form in which the input is kept for the weight gradient.
     """
 
     recipe: Recipe
@@ -59,7 +58,6 @@ class Call:
     queue: Queue | None = None
     counts: Sequence[int] | None = None
     name: str = "an FP8 linear"
-    keep: Keep = "fp8"
 
     def quantized_weights(self, weights: Sequence[Tensor]) -> tuple[Quantized, Quantized]:
         """The stacked weights for products with inputs, and turned for those with gradients."""
@@ -109,7 +107,7 @@ class Call:
                 if not weight.requires_grad:
                     continue
                 if weight.grad is None and _grad_dtype(weight) == torch.float32:
-                    weight.grad = torch.zeros_like(weight, dtype=torch.float32)
+                    weight.grad = _zeros_like(weight)
                 if weight.grad is not None and weight.grad.dtype == torch.float32:
                     self.add_weight_grad(part, x, weight.grad)
                     continue
@@ -123,7 +121,7 @@ class Call:
     def _fresh(self, weight: Tensor, grad: Quantized, x: Quantized) -> Tensor | None:
         if not weight.requires_grad:
             return None
-        into = torch.zeros_like(weight, dtype=torch.float32)
+        into = _zeros_like(weight)
         self.add_weight_grad(grad, x, into)
         return into.to(_grad_dtype(weight))
 
@@ -157,11 +155,8 @@ class _Linear(torch.autograd.Function):
         quantized, ctx.turned = call.quantized_weights(weights)
         ctx.call, ctx.weights, ctx.dtype = call, weights, x_MK.dtype
         ctx.remake = carried(x_MK).remake
-        kept: tuple[Tensor, ...] = ()
         if has_backward and any(ctx.needs_input_grad[3:]) and ctx.remake is None:
-            kept = pack_e5m6(x_MK)[:2] if call.keep == "e5m6" else tiles
-        ctx.save_for_backward(*kept)
-        ctx.num_columns = x_MK.shape[1]
+            ctx.save_for_backward(*tiles)
         return call.times(tiles, quantized, x_MK.dtype)
 
     @staticmethod
@@ -177,13 +172,7 @@ class _Linear(torch.autograd.Function):
         grad_x = call.times(tiles, ctx.turned, ctx.dtype) if needs_x else None
         grads: list[Tensor | None] = [None] * len(needs_weights)
         if across is not None:
-            remake: Callable[[], Tensor] | None = ctx.remake
-            kept = ctx.saved_tensors
-            if remake is None and call.keep == "e5m6":
-                values, scales = kept
-                packed, dtype = Packed(values, scales, ctx.num_columns), ctx.dtype
-                remake = lambda: unpack_e5m6(packed, dtype)  # noqa: E731
-            columns = input_columns(call, kept, remake)
+            columns = input_columns(call, ctx.saved_tensors, ctx.remake)
             grads = call.weight_grads(ctx.weights, across, columns)
         return None, None, grad_x, *grads
 
@@ -225,13 +214,21 @@ def _parts(weights: Sequence[Tensor], grad_NP: Quantized) -> list[tuple[Tensor, 
     return parts
 
 
+def _zeros_like(weight: Tensor) -> Tensor:
+    """float32, contiguous whatever the weight's strides are, as products add into it."""
+    return torch.zeros_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
 def _grad_dtype(weight: Tensor) -> torch.dtype:
     """What dtype autograd lets `weight.grad` have."""
     return (weight.grad_dtype if weight.is_leaf else None) or weight.dtype
 
 
 def _can_wait(weight: Tensor) -> bool:
-    """Whether nobody needs this gradient to come by way of autograd: no hook, no other tensor."""
+    """Whether this gradient may go past autograd: a leaf, without hooks that can be seen from here.
+
+    Those on its AccumulateGrad node cannot, nor whether `torch.autograd.grad` asks (see `Call`).
+    """
     # Asked in the backward and not in the forward, as hooks may have come since.
     hooks = weight._backward_hooks or weight._post_accumulate_grad_hooks
     return weight.is_leaf and not hooks
@@ -285,13 +282,17 @@ def check_weights(weights: Sequence[Tensor], call: Call) -> None:
 class Linear(nn.Module):
     """`torch.nn.Linear` with its three products in FP8.
 
+    The weight is quantised once after each change. Changes that nobody counts go unnoticed:
+    collectives (broadcast, all_reduce, all_gather, recv, so also DistributedDataParallel's first
+    synchronisation), optimizers that step a flat buffer, operations on `.data`. Call
+    `counterflow.fp8.forget` with the module after them (see `weights.QuantizedWeight`).
+
     Args:
         in_features, out_features: K and N; need not be multiples of 128.
         bias: whether there is one; it is added in the output's dtype.
         recipe: which numbers.
         dtype: of the weight: float32, a master copy, or bfloat16.
         device: of the weight.
-        keep: "e5m6" keeps the input in 12 bits, for the linear after attention.
         name: for errors.
 
     Attributes:
@@ -307,12 +308,10 @@ class Linear(nn.Module):
         recipe: Recipe | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
-        keep: Keep = "fp8",
         name: str = "an FP8 linear",
     ) -> None:
         super().__init__()
         self.recipe = recipe or Recipe()
-        self.keep: Keep = keep
         self.name = name
         self.quantized = QuantizedWeight()
         self.weight = nn.Parameter(
@@ -330,8 +329,15 @@ class Linear(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, x: Tensor, queue: Queue | None = None) -> Tensor:
-        """[..., K] -> [..., N], dtype of x (bfloat16 or float32)."""
-        call = Call(self.recipe, self.quantized, queue, None, self.name, self.keep)
+        """[..., K] -> [..., N], dtype of x (bfloat16 or float32).
+
+        Args:
+            x: the input.
+            queue: where the weight's gradient goes. Not for weights within DistributedDataParallel,
+                whose hooks on AccumulateGrad nodes cannot be seen and would not learn of it, nor
+                for a backward within `torch.autograd.grad` (see `Call`).
+        """
+        call = Call(self.recipe, self.quantized, queue, None, self.name)
         y = linear(x, [self.weight], call)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -342,6 +348,8 @@ class Linear(nn.Module):
 
 class GroupedLinear(nn.Module):
     """A linear layer for each group of consecutive rows, such as an expert's, in FP8.
+
+    Its weight is quantised as `Linear`'s, and forgotten as that.
 
     Args:
         groups: E.
@@ -377,8 +385,11 @@ class GroupedLinear(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, rows_MK: Tensor, counts: Sequence[int], queue: Queue | None = None) -> Tensor:
-        """[M, K] -> [M, N]; `counts` has each group's rows in order, zeros allowed."""
-        call = Call(self.recipe, self.quantized, queue, list(counts), self.name)
+        """[M, K] -> [M, N]; `counts` has each group's rows in order, zeros allowed.
+
+        `queue` as of `Linear.forward`.
+        """
+        call = Call(self.recipe, self.quantized, queue, [int(n) for n in counts], self.name)
         return linear(rows_MK, [self.weight], call)
 
     def extra_repr(self) -> str:

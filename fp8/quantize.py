@@ -4,8 +4,8 @@ DeepSeek-V3's recipe (arXiv 2412.19437, section 3.3.2): E4M3 everywhere, activat
 in tiles of 1x128, weights in blocks of 128x128. In the weight gradient's product the contraction
 runs along tokens, so its operands have tiles of 128x1: `quantize_columns`.
 
-On a GPU where Triton is installed these run the kernels of `kernels.quantize`, elsewhere
-`quantize_reference`; both give the same bits.
+On an NVIDIA GPU of compute capability 8.9 or more, where Triton is installed, these run the kernels
+of `kernels.quantize`, elsewhere `quantize_reference`; both give the same bits.
 
 Shapes: M rows, D columns, P = sum over groups of their rows rounded up to a multiple of 128.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import quantize_reference as reference
-from .formats import E4M3, E5M2, Quantized, largest
+from .formats import E4M3, Quantized, largest
 from .kernels import kernels_for
 
 
@@ -67,7 +67,8 @@ def quantize_columns(
         values [D, P], scales [D, P / 128] float32.
 
     Raises:
-        ValueError: as of `quantize_tiles`; x is not a matrix; counts do not add up to M.
+        ValueError: as of `quantize_tiles`; x is not a matrix; counts do not add up to M, or one is
+            negative.
     """
     _check(x_MD, 2, dtype, exact=True)
     _check_counts(counts, len(x_MD))
@@ -163,7 +164,7 @@ def transpose_tiles(
         values [D, P] of the same format, scales [D, P / 128] float32.
 
     Raises:
-        ValueError: q is not a matrix in tiles of 1x128; counts do not add up to M.
+        ValueError: q is not a matrix in tiles of 1x128; counts as of `quantize_columns`.
     """
     q.check("what is to be transposed")
     if q.values.dim() != 2 or len(q.scales) != len(q.values):
@@ -195,7 +196,7 @@ def _home(x: Tensor) -> ModuleType:
 
 def _check(x: Tensor, dims: int, dtype: torch.dtype, *, exact: bool = False) -> None:
     largest(dtype)
-    if not x.is_floating_point() or x.dtype in (E4M3, E5M2):
+    if not x.is_floating_point() or x.dtype.itemsize == 1:
         raise ValueError(f"float32, bfloat16, float16 or float64 is quantised, got {x.dtype}")
     if x.dim() < dims or (exact and x.dim() != dims):
         many = "a matrix" if exact else f"{dims} dimension{'s' if dims > 1 else ''} or more"
@@ -203,5 +204,9 @@ def _check(x: Tensor, dims: int, dtype: torch.dtype, *, exact: bool = False) -> 
 
 
 def _check_counts(counts: Sequence[int] | None, rows: int) -> None:
-    if counts is not None and (sum(counts) != rows or min(counts, default=0) < 0):
+    if counts is None:
+        return
+    if min(counts, default=0) < 0:
+        raise ValueError(f"counts {list(counts)} must be numbers of rows, none of them negative")
+    if sum(counts) != rows:
         raise ValueError(f"counts {list(counts)} do not add up to the {rows} rows")

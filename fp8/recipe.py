@@ -47,7 +47,9 @@ class Recipe:
         gradient_format: "e4m3", or "e5m2" as in hybrid recipes.
         backend: which products to take, one of `products.BACKENDS` or an object; "auto" is the
             fastest that fits. Whether it is installed is asked by the first product.
-        e5m6: keep the input of the linear after attention in E5M6 (12 bits) and not in E4M3.
+        e5m6: keep attention's output in E5M6 (12 bits), once for attention's own backward and for
+            the linear after it. Read by models, whose attention packs it and has it carry how to
+            make it again (see `carried`); the layers of this package do not ask.
         check: look for infinities and NaN in all that is quantised, and name the layer; stops a
             GPU's host at each look.
 

@@ -133,6 +133,8 @@ class _SwigluMLP(torch.autograd.Function):
         up_call, down_call = ctx.calls
         recipe: Recipe = up_call.recipe
         factors_M, values, scales, *kept = ctx.saved_tensors
+        if factors_M is not None:
+            factors_M = factors_M.detach()  # else what waits for W would hold the graph before it
         h, dtype, counts = Quantized(values, scales), ctx.dtype, up_call.counts
         _, _, _, needs_x, needs_factors, needs_down, *needs_up = ctx.needs_input_grad
         grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)

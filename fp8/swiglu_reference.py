@@ -2,8 +2,9 @@
 
 silu(g) = g * sigmoid(g) is defined here by correctly rounded float32 additions, multiplications and
 one division alone, each rounded by itself, since exp differs by a unit in the last place or two
-from one library to the next, and from a CPU to a GPU. So every device gives the same bits, and what
-is recomputed from cached inputs in the backward pass is what the forward pass had.
+from one library to the next, and from a CPU to a GPU. So every device gives the same bits from the
+same h. The backward pass has h as it was kept, rounded to E4M3: all that it makes from that, a and
+the gradients, differs from what the unrounded h of the forward pass gives, alike on every device.
 
 The weight of a row is the router's: taken in here, the product that follows need not know it.
 

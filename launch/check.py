@@ -40,6 +40,7 @@ def check_sizes(config: Config) -> None:
             "fp8.enabled with train.dtype=float64: layers in FP8 take and give bfloat16 or "
             "float32; set train.dtype to bfloat16 (as DeepSeek-V3) or float32"
         )
+    _check_deep_ep(config)
     schedules = step_schedules(config)
     stages = schedules[config.schedule.microbatches].num_stages
     try:
@@ -57,6 +58,28 @@ def check_sizes(config: Config) -> None:
         raise ConfigError(
             f"data.sequence_length={config.data.sequence_length} leaves nothing to predict at "
             f"model.num_nextn_predict_layers={model.num_nextn_predict_layers}"
+        )
+
+
+def _check_deep_ep(config: Config) -> None:
+    """Raise if DeepEP is asked for by name and these sections rule it out on any machine."""
+    if config.dispatch.backend != "deep_ep":
+        return
+    if config.mesh.ep == 1:
+        raise ConfigError(
+            "dispatch.backend=deep_ep with mesh.ep=1: there is nobody to exchange tokens with; "
+            "raise mesh.ep or set dispatch.backend to auto"
+        )
+    if config.run.device == "cpu":
+        raise ConfigError(
+            "dispatch.backend=deep_ep with run.device=cpu: its kernels run on GPUs; set "
+            "dispatch.backend to auto"
+        )
+    if config.payload == "exact" and config.train.dtype != "bfloat16":
+        raise ConfigError(
+            f"dispatch.backend=deep_ep moves bfloat16, and train.dtype={config.train.dtype} would "
+            "be rounded, which dispatch.payload=exact does not allow; set the payload to bf16 or "
+            "fp8"
         )
 
 

@@ -102,7 +102,8 @@ class DispatchConfig:
         "auto",
         "exact: rows travel in train.dtype; bf16; fp8: to the experts in E4M3 with scales of 1x128 "
         "tiles, back in bf16; logfmt8: LogFMT-8 instead of E4M3; logfmt10: LogFMT-10 both ways; "
-        "auto: fp8 where fp8.enabled, else exact",
+        "auto: fp8 where fp8.enabled (bf16 with fp8.gradient_format e5m2, since gradients travel "
+        "too and would be rounded to E4M3 first), else exact",
     )
     chunks: int = option(4, "pieces of a micro-batch that two_hop has on their way at once")
     node_limit: int | None = option(
@@ -114,6 +115,11 @@ class DispatchConfig:
     def __post_init__(self) -> None:
         require_choice("dispatch.backend", self.backend, DispatcherName)
         require_choice("dispatch.payload", self.payload, Literal["auto", PayloadName])
+        if self.backend == "deep_ep" and self.payload in ("logfmt8", "logfmt10"):
+            raise ValueError(
+                f"dispatch.backend=deep_ep carries BF16 and FP8, not dispatch.payload="
+                f"{self.payload}; set the payload to fp8 or bf16, or the backend to two_hop"
+            )
         require("dispatch.chunks", self.chunks, self.chunks >= 1, "1 or more")
         limit = self.node_limit
         require("dispatch.node_limit", limit, limit is None or limit >= 0, "0 or more")
@@ -296,9 +302,11 @@ class Config:
     def payload(self) -> PayloadName:
         """dispatch.payload, decided."""
         given = self.dispatch.payload
-        if given == "auto":
-            return "fp8" if self.fp8.enabled else "exact"
-        return given
+        if given != "auto":
+            return given
+        if not self.fp8.enabled:
+            return "exact"
+        return "fp8" if self.fp8.gradient_format == "e4m3" else "bf16"
 
     @property
     def moments(self) -> Moments:

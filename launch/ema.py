@@ -205,6 +205,10 @@ class EMA:
         self._staging.clear()
 
     def __enter__(self) -> Self:
+        """`close` at the end; with an error in flight at once, so that the error is told soon.
+
+        The update under way then ends with the process, if not before.
+        """
         return self
 
     def __exit__(
@@ -213,12 +217,12 @@ class EMA:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
+        if error is None:
             self.close()
-        except RuntimeError:
-            if error is None:
-                raise
-            _log.exception("the moving average failed as well")  # the first error is told
+            return
+        self._closed = True
+        if self._error is not None:
+            _log.error("the moving average failed as well", exc_info=self._error)
 
     def _stage(self) -> None:
         """Copy the parameters to the staging buffer; from a GPU, begin to."""

@@ -33,6 +33,7 @@ from .ema import EMA
 from .optim import Optimizer, clip_by_global_norm
 
 LOSS_NAMES = ("mtp", "balance")
+AT_EMA = "waiting for the parameters' moving average"  # a position
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,8 @@ class Engine:
             self.ema.before_change()
         self.optimizer.step(lr)
         if self.ema is not None:
-            self.ema.update()
+            with self.pipeline.at(AT_EMA):
+                self.ema.update()
 
     def gradients(self, inputs: Tensor, targets: Tensor) -> None:
         """Forward and backward: `.grad` becomes the gradient of the global batch's mean loss."""

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from ..comm.collectives import gather
 from ..fp8 import E4M3, Quantized, Recipe
 from ..fp8.formats import tiles_in
 from ..fp8.linear import Call
 from ..fp8.products import AUTO, Product, backend, choose
-from ..fp8.products.base import padded_rows
+from ..fp8.products.base import Kind, padded_rows
 from ..fp8.weights import QuantizedWeight
+from ..model import DeepSeekV3
+from ..model.attention import Attention
 from ..model.build import Recompute
+from ..model.experts import MLP, Experts
+from ..model.linear import Linear
+from ..model.mtp import PredictionLayer
 from .config import Config
+from .fp8_config import FP8Config
 from .settings import ConfigError
 
 if TYPE_CHECKING:
     from .engine import Engine
+
+# Layers of one input, which are multiplied as one matrix: see `side_by_side` and `MLP`.
+_SIDE_BY_SIDE = ("q_proj", "q_a_proj", "kv_a_proj_with_mqa", "gate_proj", "up_proj")
 
 
 def make_recipe(config: Config) -> Recipe | None:
@@ -71,26 +80,25 @@ def require_backend(config: Config, device: torch.device) -> None:
     for product in _products(config, device):
         reason = found.why_not(product)
         if reason is not None:
-            kind = product.kind.replace("_", " ")
             raise ConfigError(
-                f"fp8.backend={wanted.backend} cannot compute this model's {kind} products on "
-                f"{device.type}: {reason}; fp8.backend=auto takes for each product what can"
+                f"fp8.backend={wanted.backend} cannot compute {product.name} on {device.type}: "
+                f"{reason}; fp8.backend=auto takes for each product what can"
             )
 
 
-def backends(config: Config, device: torch.device) -> tuple[dict[str, str], str]:
-    """Which backend computes each kind of product of the experts, and why these."""
+def backends(config: Config, device: torch.device) -> tuple[dict[str, list[str]], str]:
+    """Which backends compute the model's products of each kind, and why these."""
     wanted = config.fp8.backend
-    if wanted != AUTO:
-        kinds = {product.kind for product in _products(config, device)}
-        return dict.fromkeys(sorted(kinds), wanted), "fp8.backend asks for it"
-    names: dict[str, str] = {}
-    reasons: dict[str, None] = {}  # a set that keeps its order
+    names: dict[str, dict[str, None]] = {}  # sets that keep their order
+    reasons: dict[str, None] = {}
     for product in _products(config, device):
-        chosen, why = choose(product)
-        names.setdefault(product.kind, chosen.name)
+        name, why = wanted, "fp8.backend asks for it"
+        if wanted == AUTO:
+            chosen, why = choose(product)
+            name = chosen.name
+        names.setdefault(product.kind, {})[name] = None
         reasons[why] = None
-    return dict(sorted(names.items())), "; ".join(reasons)
+    return {kind: list(names[kind]) for kind in sorted(names)}, "; ".join(reasons)
 
 
 def quantized_weights(parts: Iterable[nn.Module]) -> list[QuantizedWeight]:
@@ -128,14 +136,17 @@ def totals(config: Config, engine: Engine, device: torch.device) -> dict[str, An
 
 
 def introduction(config: Config, device: torch.device) -> str:
-    """What a run says at its beginning; "" without FP8."""
+    """What a run says at its beginning; "" where FP8 is not asked for."""
     if not config.fp8.enabled:
-        return ""
+        given = [f.name for f in fields(FP8Config) if getattr(config.fp8, f.name) != f.default]
+        return f"fp8.{given[0]} has no effect without fp8.enabled" if given else ""
     names, why = backends(config, device)
-    if len(set(names.values())) == 1:
-        by = next(iter(names.values()))
+    if len({tuple(found) for found in names.values()}) == 1:
+        by = " and ".join(next(iter(names.values())))
     else:
-        by = ", ".join(f"{name} ({kind.replace('_', ' ')})" for kind, name in names.items())
+        by = ", ".join(
+            f"{' and '.join(found)} ({kind.replace('_', ' ')})" for kind, found in names.items()
+        )
     scales = config.fp8.scales.replace("_", " ")
     return f"FP8, scales {scales}, gradients {config.fp8.gradient_format}, products by {by} ({why})"
 
@@ -146,44 +157,99 @@ class _Planned(Product):
 
     Attributes:
         where: the device it will be on; its tensors are on "meta".
+        name: what it is, with its layer and shapes.
     """
 
     where: torch.device
+    name: str
 
     @property
     def device(self) -> torch.device:
         return self.where
 
+    def _check_accumulate(self) -> None:
+        """What is added to is made here, and on "meta", as the operands are."""
 
-def _products(config: Config, device: torch.device) -> list[Product]:
-    """The products with the first weight of a dense layer and of two experts, all three ways."""
+
+@dataclass(frozen=True)
+class _Layer:
+    """Weights that are multiplied as one.
+
+    Attributes:
+        name: of the layer, or of those that are multiplied side by side.
+        inner: K.
+        outer: the N of each of the weights that are stacked.
+        rows: M, or of each expert.
+        experts: of this rank, for grouped products; 0 for a dense one.
+    """
+
+    name: str
+    inner: int
+    outer: tuple[int, ...]
+    rows: int
+    experts: int = 0
+
+    def products(self, config: Config, device: torch.device) -> Iterator[_Planned]:
+        """Forward, input gradient, and the gradient of each of the weights."""
+        dtype = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
+        low = torch.float8_e5m2 if config.fp8.gradient_format == "e5m2" else E4M3
+        lead = (self.experts,) if self.experts else ()
+        counts = (self.rows,) * self.experts
+        rows = self.rows * (self.experts or 1)
+        columns, stacked = padded_rows(counts or [rows]), sum(self.outer)
+
+        def plan(what: str, a: Quantized, b: Quantized, into: Tensor | None) -> _Planned:
+            kind: Kind = "dense"
+            if counts:
+                kind = "grouped" if into is None else "grouped_along_k"
+            shapes = f"{list(a.values.shape)} x {list(b.values.shape)}"
+            name = f"the {what} of {self.name} ({kind.replace('_', ' ')}, {shapes})"
+            return _Planned(kind, a, b, counts, dtype, into, device, name)
+
+        inputs, gradients = _tiles(rows, self.inner), _tiles(rows, stacked, low)
+        yield plan("forward product", inputs, _blocks(*lead, stacked, self.inner), None)
+        yield plan("input gradient", gradients, _blocks(*lead, self.inner, stacked), None)
+        for size in self.outer:
+            into = torch.empty(*lead, size, self.inner, device="meta")
+            across = _tiles(size, columns, low)
+            yield plan("weight gradient", across, _tiles(self.inner, columns), into)
+
+
+def _products(config: Config, device: torch.device) -> list[_Planned]:
+    """The products of a micro-batch, those of equal layers once.
+
+    How many rows an expert gets shows with the routing; it is taken to be all of them, and no
+    backend asks for a certain number.
+    """
+    found: dict[_Layer, _Layer] = {}  # by all but the name, the first of each
+    for layer in _layers(config):
+        found.setdefault(replace(layer, name=""), layer)
+    return [product for layer in found.values() for product in layer.products(config, device)]
+
+
+def _layers(config: Config) -> Iterator[_Layer]:
+    """What is multiplied in FP8, with the shapes of the model's own weights."""
     model, train = config.model, config.train
-    rows = train.sequences * config.data.sequence_length
-    dtype = torch.bfloat16 if train.dtype == "bfloat16" else torch.float32
-    hidden, inner = model.hidden_size, model.moe_intermediate_size
-    gradient = torch.float8_e5m2 if config.fp8.gradient_format == "e5m2" else E4M3
-    counts = (rows, rows)
-    dense, columns = _tiles(rows, hidden), padded_rows([rows])
-
-    def planned(kind: Any, a: Quantized, b: Quantized, counts: tuple[int, ...] = ()) -> Product:
-        return _Planned(kind, a, b, counts, dtype, None, device)
-
-    wide = model.intermediate_size
-    return [
-        planned("dense", dense, _blocks(wide, hidden)),
-        planned("dense", _tiles(rows, wide, gradient), _blocks(hidden, wide)),
-        planned("dense", _tiles(wide, columns, gradient), _tiles(hidden, columns)),
-        planned("grouped", _tiles(2 * rows, hidden), _blocks(2, 2 * inner, hidden), counts),
-        planned(
-            "grouped", _tiles(2 * rows, 2 * inner, gradient), _blocks(2, hidden, 2 * inner), counts
-        ),
-        planned(
-            "grouped_along_k",
-            _tiles(2 * inner, padded_rows(counts), gradient),
-            _tiles(hidden, padded_rows(counts)),
-            counts,
-        ),
-    ]
+    whole = DeepSeekV3(model, device="meta", recipe=make_recipe(config))
+    lengths = [config.data.sequence_length] * model.num_hidden_layers
+    # Each depth of multi-token prediction sees one position less.
+    lengths += [config.data.sequence_length - 1 - k for k in range(model.num_nextn_predict_layers)]
+    for name, module in whole.named_modules():
+        if not isinstance(module, Attention | MLP | Experts | PredictionLayer):
+            continue
+        rows = train.sequences * lengths[int(name.split(".")[2])]
+        if isinstance(module, Experts):
+            experts = len(module.local) // config.mesh.ep
+            for leaf, weight in module.named_parameters(prefix=name):
+                yield _Layer(leaf, weight.shape[2], (weight.shape[1],), rows, experts)
+            continue
+        linears = {leaf: m for leaf, m in module.named_children() if isinstance(m, Linear)}
+        stack = [leaf for leaf in linears if leaf in _SIDE_BY_SIDE]
+        for leaves in [stack, *([leaf] for leaf in linears if leaf not in stack)]:
+            if leaves:
+                shapes = [linears[leaf].weight.shape for leaf in leaves]
+                outer = tuple(shape[0] for shape in shapes)
+                yield _Layer(f"{name}.{' and '.join(leaves)}", shapes[0][1], outer, rows)
 
 
 def _tiles(rows: int, columns: int, dtype: torch.dtype = E4M3) -> Quantized:

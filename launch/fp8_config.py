@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .guards import require_choice
+from .guards import require, require_choice
 from .settings import option
 
 # The names of `fp8.Recipe` and `fp8.products`, said again here, where torch is not needed.
@@ -35,7 +35,8 @@ class FP8Config:
     backend: ProductBackend = option(  # noqa: RUF009
         "auto",
         "what computes the products; auto: on a CPU the reference, on a GPU the fastest that is "
-        "installed and fits; emulation: the accumulators of Hopper's tensor cores",
+        "installed and fits; emulation: the accumulators of Hopper's tensor cores; cublas and "
+        "transformer_engine are for models without experts",
     )
     e5m6: bool = option(
         True, "keep the input of the linear after attention in E5M6 (12 bits) and not in E4M3"
@@ -50,6 +51,9 @@ class FP8Config:
         require_choice("fp8.scales", self.scales, Scales)
         require_choice("fp8.gradient_format", self.gradient_format, GradientFormat)
         require_choice("fp8.backend", self.backend, ProductBackend)
+        for name in ("enabled", "e5m6", "check"):
+            value = getattr(self, name)
+            require(f"fp8.{name}", repr(value), isinstance(value, bool), "True or False")
 
 
 @dataclass(frozen=True)
@@ -61,3 +65,9 @@ class RecomputeConfig:
         None,
         "queries, keys and values, from the latents they are expanded from; none: as fp8.enabled",
     )
+
+    def __post_init__(self) -> None:
+        for name in ("norms", "up_projections"):
+            value = getattr(self, name)
+            fine = value is None or isinstance(value, bool)
+            require(f"recompute.{name}", repr(value), fine, "True, False or None")

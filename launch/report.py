@@ -145,7 +145,7 @@ def _precision(run: RunData) -> str:
     fp8 = run.fp8
     if not fp8.get("enabled"):
         return ""
-    names = dict.fromkeys(fp8.get("backends", {}).values())
+    names = dict.fromkeys(name for found in fp8.get("backends", {}).values() for name in found)
     text = (
         f"Linear layers ran in FP8: scales {fp8.get('scales')}, gradients "
         f"{fp8.get('gradient_format')}, products by {', '.join(names)} ({fp8.get('why')}); "

@@ -30,7 +30,7 @@ from . import fp8
 from .check import open_data, step_schedules
 from .config import Config
 from .data import Loader, unigram_entropy
-from .engine import Engine, StepResult
+from .engine import AT_EMA, Engine, StepResult
 from .experts import make_experts
 from .folder import RESULTS
 from .metrics import MetricsWriter
@@ -173,6 +173,8 @@ class _Run:
                 if step == train.steps or (train.eval_every and step % train.eval_every == 0):
                     self.validation_loss = self._validate()
                     if step == train.steps and self.engine.ema is not None:
+                        with self.engine.pipeline.at(AT_EMA):
+                            self.engine.ema.wait()
                         with self.engine.ema.swapped():
                             self.ema_validation_loss = self._validate()
                     if metrics and progress:

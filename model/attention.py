@@ -6,7 +6,7 @@ d a head's size in queries and keys, v in values.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..fp8.carried import carry
 from ..parallel.chunk import WeightGradQueue
 from .build import Build
 from .config import ModelConfig
-from .kept_attention import Expanded, KeptAttention
-from .linear import Linear, RMSNorm, side_by_side
+from .kept_attention import Expanded, beside, keeping_less, widened
+from .linear import Linear, RMSNorm, remaking, side_by_side
 from .rope import Rotation, rotate, softmax_scale
 
 # The published code gives the norms of the latents this epsilon whatever rms_norm_eps is.
@@ -75,16 +74,32 @@ class Attention(nn.Module):
         """[B, L, D] -> [B, L, D]; each position sees itself and those before it."""
         latents = self.latents(x_BLD, queue)
         expanded = self.expand(latents, rotation, queue)
-        kept = None
-        if torch.is_grad_enabled() and (self._remade or self._e5m6):
+        remake = None
+        if self._remade:
             given = Latents(*(x.detach() for x in latents))
-            remake = (lambda: self.expand(given, rotation)) if self._remade else None
-            kept = KeptAttention(expanded, remake, e5m6=self._e5m6)
-        out_BHLv = _attend(expanded, self._scale, kept)
-        out_BLW = out_BHLv.transpose(1, 2).flatten(2)
-        if kept is not None and self._e5m6:
-            carry(out_BLW, remake=kept.pack(out_BLW))
+            sources = [*given, *rotation, *self._up_weights()]
+            remake = remaking(lambda: _of_one_size(self.expand(given, rotation)), sources)
+        out_BLW = self._attend(_of_one_size(expanded), remake)
         return self.o_proj(out_BLW, queue)
+
+    def _attend(self, expanded: Expanded, remake: Callable[[], Expanded] | None) -> Tensor:
+        """Causal softmax attention of heads of one size: [B, L, H * v]."""
+
+        def operator(given: Expanded) -> Tensor:
+            return F.scaled_dot_product_attention(*given, is_causal=True, scale=self._scale)
+
+        size = self._key_value_sizes[1]
+        if torch.is_grad_enabled() and (remake is not None or self._e5m6):
+            return keeping_less(operator, expanded, size, remake=remake, e5m6=self._e5m6)
+        return beside(operator(expanded), size)
+
+    def _up_weights(self) -> Iterator[Tensor]:
+        """What `expand` multiplies with."""
+        yield self.kv_a_layernorm.weight
+        yield self.kv_b_proj.weight
+        if self._compresses_queries:
+            yield self.q_a_layernorm.weight
+            yield self.q_b_proj.weight
 
     def set_name(self, name: str) -> None:
         """What errors call the product of the layers that take x."""
@@ -125,13 +140,14 @@ class Attention(nn.Module):
         return Expanded(*(x.transpose(1, 2) for x in (query_BLHd, key_BLHd, value_BLHv)))
 
 
-def _attend(expanded: Expanded, scale: float, kept: KeptAttention | None) -> Tensor:
-    """Causal softmax attention: [B, H, L, v]."""
-    query, key, value = expanded
-    size = value.shape[-1]
-    if query.is_cpu and size < query.shape[-1]:
-        # torch's fused attention for CPUs wants heads of one size; the other one keeps all scores.
-        value = F.pad(value, (0, query.shape[-1] - size))
-    with kept.watching(Expanded(query, key, value)) if kept else nullcontext():
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-    return out[..., :size]
+def _of_one_size(expanded: Expanded) -> Expanded:
+    """On CPUs, heads filled up with zeros to the largest size of the three.
+
+    torch's fused attention for CPUs wants that; the other one keeps all scores. The scale is given
+    to either, and zeros change no product.
+    """
+    if not expanded.query.is_cpu:
+        return expanded
+    size = max(x.shape[-1] for x in expanded)
+    # With heads beside each other in memory, as before, so that the output's are too.
+    return Expanded(*(widened(x.transpose(1, 2), size).transpose(1, 2) for x in expanded))

@@ -6,8 +6,8 @@ one each rank writes what it has with `write_shard`, and one of them `write_inde
 
 A matrix may be stored in FP8 as DeepSeek-V3 is published: NAME.weight in float8_e4m3fn, and
 NAME.weight_scale_inv, float32 [ceil(N/128), ceil(K/128)], by which each block of 128x128 is to be
-multiplied. Such a tensor is read wherever there is one; written so are, if asked for, the
-projections of attention and feed-forward (not the embedding, head, norms, routers and eh_proj).
+multiplied. Such are, in any mixture with wider ones, the projections of attention and feed-forward
+(not the embedding, head, norms, routers and eh_proj); they are written so if asked for.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _expected_shape(name: str, tensors: Mapping[str, Tensor]) -> list[int]:
 
 
 def _unpaired(dtypes: Mapping[str, str], known: Collection[str]) -> list[str]:
-    """Weights in FP8 without scales, and scales without a weight in FP8."""
+    """Weights in FP8 without scales, scales without a weight in FP8, and FP8 where it cannot be."""
     problems: list[str] = []
     for name, dtype in dtypes.items():
         if name.endswith(_SCALES):
@@ -98,6 +98,8 @@ def _unpaired(dtypes: Mapping[str, str], known: Collection[str]) -> list[str]:
                 problems.append(f"{name}: {dtype}, not F32")
             elif weight in dtypes and dtypes[weight] != _F8:
                 problems.append(f"{name}: scales, but {weight} is {dtypes[weight]}, not {_F8}")
+        elif dtype.startswith("F8") and not is_in_fp8(name):
+            problems.append(f"{name}: {dtype}, but only projections are stored in FP8")
         elif dtype == _F8 and name + _SCALES not in known:
             problems.append(f"{name}: in FP8, but there is no {name}{_SCALES}")
         elif dtype.startswith("F8") and dtype != _F8:
@@ -138,8 +140,10 @@ def save_hf(
         folder: made if it is not there.
         max_file_bytes: of one file, if no tensor is larger.
         fp8: store projections in FP8 with a power of two for each block of 128x128, see above: the
-            numbers that a model trained by `fp8.Recipe()` multiplies with, as long as its inner
-            sizes are multiples of 128.
+            numbers that a model trained by `fp8.Recipe()` multiplies with, as long as no block has
+            rows of two of the matrices that it multiplies as one: moe_intermediate_size,
+            intermediate_size, and q_lora_rank (num_attention_heads * qk_head_dim where queries are
+            not compressed) must be multiples of 128.
 
     Raises:
         CheckpointError: the parts do not make up the whole model.
@@ -147,13 +151,13 @@ def save_hf(
     tensors = _all_tensors(parts)
     config = parts[0].config
     missing = sorted(set(hf_shapes(config)) - set(tensors))
-    if fp8:
-        tensors = _in_fp8(tensors)
     if missing:
         raise CheckpointError(
             f"these parts are not the whole model: {_listed(missing)} missing; where other ranks "
             "have the rest, use write_shard on each and then write_index"
         )
+    if fp8:
+        tensors = _in_fp8(tensors)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     groups = _split(tensors, max_file_bytes)
@@ -306,7 +310,7 @@ def _mismatches(
     known = {*hf_shapes(config), *hf_copies(config)}
     if config.tie_word_embeddings:
         known.add("lm_head.weight")  # some writers store it though it is the embedding
-    known |= {name + _SCALES for name in known if name.endswith(".weight") and name in files}
+    known |= {name + _SCALES for name in known if is_in_fp8(name) and name in files}
     return [
         *(f"{name}: missing" for name in wanted if name not in files),
         *(f"{n}: unexpected" for n in files if n not in known and not n.endswith(_DERIVED)),

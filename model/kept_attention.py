@@ -4,19 +4,25 @@ The core's operator keeps queries, keys, values and its output. Here the first t
 again from the compressed latents, and the output is kept in E5M6, once, for the core and for the
 linear layer after it (arXiv 2412.19437, sections 3.2.3 and 3.3.3). Whatever else an operator keeps,
 such as the logarithms of its sums, is left to it.
+
+Which tensor is which is told by its memory: an operator that is not fused keeps other tensors, its
+scores among them, whose shape may be that of the output.
+
+Shapes: B sequences, L positions, H heads, d a head's size, W = H * v where v are a head's values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..fp8.e5m6 import Packed, pack_e5m6, unpack_e5m6
+from ..fp8.carried import carry
+from ..fp8.e5m6 import pack_e5m6, unpack_e5m6
 
 
 class Expanded(NamedTuple):
@@ -27,71 +33,112 @@ class Expanded(NamedTuple):
     value: Tensor
 
 
-class KeptAttention:
-    """Stands between one call of the attention operator and what it wants to keep.
+def keeping_less(
+    operator: Callable[[Expanded], Tensor],
+    expanded: Expanded,
+    size: int,
+    *,
+    remake: Callable[[], Expanded] | None,
+    e5m6: bool,
+) -> Tensor:
+    """The output of all heads, side by side: [B, L, W].
 
     Args:
-        expanded: what the operator is called with.
-        remake: makes queries, keys and values again; None keeps them as they are.
-        e5m6: whether the output is to be kept in E5M6; then `pack` must be called with it.
+        operator: attention, as [B, H, L, d], d >= v, of which the first v numbers count.
+        expanded: what it is called with.
+        size: v.
+        remake: makes `expanded` again, the same bits; None keeps what the operator keeps of it.
+        e5m6: keep the output in E5M6, and let the result carry how it is made again from that.
+    """
+    kept = _Kept(expanded, remake)
+    with torch.autograd.graph.saved_tensors_hooks(kept.put, kept.get):
+        out_BHLd = operator(expanded)
+    out_BLW = beside(out_BHLd, size)
+    if e5m6 and out_BLW.requires_grad:
+        packed, dtype = pack_e5m6(out_BLW.detach()), out_BLW.dtype
+        kept.replace(out_BHLd, lambda: unpack_e5m6(packed, dtype), size)
+        carry(out_BLW, remake=lambda: unpack_e5m6(packed, dtype))
+    kept.boxes.clear()  # from here on they belong to autograd's graph
+    return out_BLW
+
+
+def beside(out_BHLd: Tensor, size: int) -> Tensor:
+    """The first `size` numbers of all heads, side by side: [B, L, H * size]."""
+    return out_BHLd[..., :size].transpose(1, 2).flatten(2)
+
+
+def widened(x: Tensor, size: int) -> Tensor:
+    """[..., n] -> [..., size], filled up with zeros; x itself if nothing is to be filled."""
+    missing = size - x.shape[-1]
+    return F.pad(x, (0, missing)) if missing else x
+
+
+@dataclass
+class _Box:
+    """A tensor that the operator keeps, or what makes it."""
+
+    content: Tensor | Callable[[], Tensor]
+
+
+class _Kept:
+    """What the graph holds in place of the tensors that one call of the operator keeps.
+
+    The graph holds this object too, which therefore must not hold what need not be kept.
+
+    Attributes:
+        boxes: of what was kept so far and is not made again from the latents.
     """
 
-    def __init__(
-        self, expanded: Expanded, remake: Callable[[], Expanded] | None, *, e5m6: bool
-    ) -> None:
+    def __init__(self, expanded: Expanded, remake: Callable[[], Expanded] | None) -> None:
+        self.boxes: list[_Box] = []
         self._remake = remake
-        self._e5m6 = e5m6
-        self._sizes = expanded.value.shape[1], expanded.value.shape[3]
-        self._watched: dict[tuple[int, torch.Size], int] = {}
-        self._inputs: set[tuple[int, torch.Size]] = set()
         self._remade: dict[int, Tensor] = {}
-        self._packed: Packed | None = None
-        self._dtype = expanded.value.dtype
+        self._places: dict[_Memory, int] = {}
+        if remake is not None:
+            self._places = {_Memory.of(x): place for place, x in enumerate(expanded)}
 
-    def watching(self, expanded: Expanded) -> AbstractContextManager[Any]:
-        """The context in which the operator is called with `expanded` (values maybe padded)."""
-        self._inputs = {_identity(x) for x in expanded}
-        if self._remake is not None:
-            self._watched = {_identity(x): i for i, x in enumerate(expanded)}
-        self._shapes = [x.shape for x in expanded]
-        return torch.autograd.graph.saved_tensors_hooks(self._put, self._get)
+    def put(self, x: Tensor) -> _Box:
+        """The box for a tensor that the operator keeps."""
+        place = self._places.get(_Memory.of(x))
+        if place is not None:
+            return _Box(lambda: self._input(place))
+        box = _Box(x.detach())  # an output with its graph would keep itself alive
+        self.boxes.append(box)
+        return box
 
-    def pack(self, out_BLW: Tensor) -> Callable[[], Tensor]:
-        """Keep the output, [B, L, H * v], in E5M6; returns what makes it from that."""
-        packed = pack_e5m6(out_BLW.detach())
-        self._packed, dtype = packed, self._dtype
-        return lambda: unpack_e5m6(packed, dtype)
+    def get(self, box: _Box) -> Tensor:
+        """What is in a box."""
+        return box.content if isinstance(box.content, Tensor) else box.content()
 
-    def _put(self, x: Tensor) -> object:
-        """What stands for a tensor that the operator keeps: itself, or which of ours it is."""
-        which = self._watched.get(_identity(x))
-        if which is not None:
-            return which
-        out_shape = (*self._shapes[0][:3], self._shapes[2][3])
-        if self._e5m6 and tuple(x.shape) == out_shape and _identity(x) not in self._inputs:
-            return "output"
-        return x.detach()  # an output with its graph would keep itself alive
+    def replace(self, out_BHLd: Tensor, unpack: Callable[[], Tensor], size: int) -> None:
+        """Empty the boxes that hold the output, which `unpack` gives as [B, L, H * size]."""
+        heads, wide = out_BHLd.shape[1], out_BHLd.shape[3]
 
-    def _get(self, kept: object) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        if isinstance(kept, int):
-            return self._input(kept)
-        assert self._packed is not None, "pack was not called with the output"
-        heads, size = self._sizes
-        out = unpack_e5m6(self._packed, self._dtype).unflatten(-1, (heads, size)).transpose(1, 2)
-        return F.pad(out, (0, self._shapes[2][3] - size))
+        def unpacked() -> Tensor:
+            out_BHLv = unpack().unflatten(-1, (heads, size)).transpose(1, 2)
+            return widened(out_BHLv, wide)
 
-    def _input(self, which: int) -> Tensor:
+        memory = _Memory.of(out_BHLd)
+        for box in self.boxes:
+            if isinstance(box.content, Tensor) and _Memory.of(box.content) == memory:
+                box.content = unpacked
+
+    def _input(self, place: int) -> Tensor:
         """A query, key or value; all three are made at once and given away one by one."""
-        if which not in self._remade:
-            assert self._remake is not None
+        if place not in self._remade and self._remake is not None:
             with torch.no_grad():
-                made = self._remake()
-            padding = self._shapes[2][3] - made.value.shape[-1]
-            self._remade = dict(enumerate(made._replace(value=F.pad(made.value, (0, padding)))))
-        return self._remade.pop(which)
+                self._remade = dict(enumerate(self._remake()))
+        return self._remade.pop(place)
 
 
-def _identity(x: Tensor) -> tuple[int, torch.Size]:
-    return x.data_ptr(), x.shape
+class _Memory(NamedTuple):
+    """Which numbers in memory a tensor is; two that are alive at once are the same if this is."""
+
+    address: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Memory:
+        return cls(x.data_ptr(), x.dtype, tuple(x.shape), x.stride())

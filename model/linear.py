@@ -6,9 +6,10 @@ random numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,12 @@ from torch.autograd.function import once_differentiable
 from ..fp8.carried import carried, carry
 from ..fp8.linear import Call
 from ..fp8.linear import linear as fp8_linear
+from ..parallel.accumulate import grad_dtype
 from ..parallel.chunk import WeightGradQueue
 from ..parallel.deferred import linear
 from .build import Build
+
+_Made = TypeVar("_Made")
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -103,7 +107,8 @@ class RMSNorm(nn.Module):
         y = rms_norm(x, self.weight, self.eps)
         if self._remade and y.requires_grad:
             source, weight, eps = x.detach(), self.weight.detach(), self.eps
-            carry(y, remake=lambda: F.rms_norm(source, weight.shape, weight, eps))
+            make = partial(F.rms_norm, source, weight.shape, weight, eps)
+            carry(y, remake=remaking(make, [source, weight]))
         return y
 
     def extra_repr(self) -> str:
@@ -111,7 +116,10 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """torch's `rms_norm`, which on CPUs keeps float32 copies for the backward; this keeps x."""
+    """torch's `rms_norm`, which on CPUs keeps float32 copies for the backward; this keeps x.
+
+    There the weight's gradient is not rounded on its way to where it is added up in float32.
+    """
     if x.is_cuda:
         return F.rms_norm(x, weight.shape, weight, eps)
     return _RMSNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
@@ -121,7 +129,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.eps = eps
+        ctx.eps, ctx.grad_dtype = eps, grad_dtype(weight)
         return F.rms_norm(x, weight.shape, weight, eps)
 
     @staticmethod
@@ -137,12 +145,43 @@ class _RMSNorm(torch.autograd.Function):
         unit, grad = wide * scale, grad.to(dtype)
         grad_weight = grad_x = None
         if needs_weight:
-            grad_weight = (grad * unit).flatten(0, -2).sum(dim=0).to(weight.dtype)
+            grad_weight = (grad * unit).flatten(0, -2).sum(dim=0).to(ctx.grad_dtype)
         if needs_x:
             grad = grad * weight.to(dtype)
             along = (grad * unit).mean(dim=-1, keepdim=True)
             grad_x = grad.sub_(unit.mul_(along)).mul_(scale).to(x.dtype)
         return grad_x, grad_weight, None
+
+
+def remaking(make: Callable[[], _Made], sources: Iterable[Tensor]) -> Callable[[], _Made]:
+    """`make`, as long as what it works from is as it is now.
+
+    Autograd watches over the tensors that it saves, but not over what a function captures.
+
+    Args:
+        make: makes something again.
+        sources: the tensors that it works from. Those of `torch.inference_mode`, whose changes
+            nobody counts, are not watched.
+
+    Returns:
+        A function that gives what `make` does, or raises a RuntimeError if a source was changed in
+        place meanwhile.
+    """
+    watched = [(x.detach(), x._version) for x in sources if not x.is_inference()]
+
+    def made() -> _Made:
+        for source, version in watched:
+            if source._version != version:
+                raise RuntimeError(
+                    "what the backward is to make again needs a tensor of shape "
+                    f"{list(source.shape)}, {source.dtype}, which was changed in place since the "
+                    f"forward: it is at version {source._version}, expected {version}; run the "
+                    "backward, weight gradients that wait included, before weights or inputs "
+                    "change, or do not recompute"
+                )
+        return make()
+
+    return made
 
 
 class Embedding(nn.Module):

@@ -199,16 +199,20 @@ class _Layer:
         return sum(self.normed(rank) for rank in ranks if rank is not None)
 
     def padding(self) -> int:
-        config = self.config
-        if config.v_head_dim >= config.qk_head_dim:
-            return 0
-        heads, wide, narrow = config.num_attention_heads, config.qk_head_dim, config.v_head_dim
-        columns = 0 if self.up_projections else wide - narrow
-        if not self.fp8:
-            columns += wide  # the operator's output is one tensor, the product's input another
-        elif not self.e5m6:
-            columns += wide - narrow
-        return self.plain(self.tokens, heads * columns)
+        """What fills queries, keys, values and the operator's output up to heads of one size."""
+        config, kept = self.config, 0 if self.up_projections else 1
+        longer = config.qk_head_dim - config.v_head_dim
+        if longer <= 0:
+            columns = 2 * kept * -longer
+        else:
+            columns = kept * longer
+            if not self.fp8:
+                columns += (
+                    config.qk_head_dim
+                )  # the output is one tensor, the product's input another
+            elif not self.e5m6:
+                columns += longer
+        return self.plain(self.tokens, config.num_attention_heads * columns)
 
     def attention_output(self) -> dict[str, int]:
         tokens, columns = self.tokens, self.config.num_attention_heads * self.config.v_head_dim

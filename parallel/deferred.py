@@ -66,11 +66,14 @@ class _Linear(torch.autograd.Function):
         (grad,) = grads
         x, weight, bias = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
-        remake: Callable[[], Tensor] | None = ctx.remake
         queue: WeightGradQueue = ctx.queue
+        # Without x's graph, nor ctx: what waits for W would else hold all that was before it.
+        remake: Callable[[], Tensor] | None = ctx.remake
+        kept = None if x is None else x.detach()
 
         def operands() -> tuple[Tensor, Tensor]:
-            given = x if remake is None else remake()
+            given = kept if remake is None else remake()
+            assert given is not None
             return grad.reshape(-1, grad.shape[-1]).t(), given.reshape(-1, given.shape[-1])
 
         def bias_grad(to: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from counterflow.comm.dispatch import dispatcher
+from counterflow.comm.dispatch.names import PayloadName
 from counterflow.fp8 import Recipe
 from counterflow.launch.engine import Engine
 from counterflow.model import ModelConfig, hf_grads
@@ -34,9 +35,15 @@ def config_for(layers: int) -> ModelConfig:
     return replace(CONFIG, num_hidden_layers=layers, first_k_dense_replace=layers - 1)
 
 
-def make_engine(mesh: Mesh, schedule: str, microbatches: int, layers: int = 2) -> Engine:
+def make_engine(
+    mesh: Mesh,
+    schedule: str,
+    microbatches: int,
+    layers: int = 2,
+    payload: PayloadName = "exact",
+) -> Engine:
     plan = build(schedule, ranks=mesh.shape.pp, microbatches=microbatches)
-    experts = dispatcher("flat", mesh, num_experts=CONFIG.n_routed_experts, payload="exact")
+    experts = dispatcher("flat", mesh, num_experts=CONFIG.n_routed_experts, payload=payload)
     return Engine(
         config_for(layers),
         mesh,
@@ -61,11 +68,18 @@ def gradients_of(engine: Engine, inputs: Tensor, targets: Tensor) -> dict[str, T
 
 
 def gradients(
-    rank: int, world: int, schedule: str, pp: int, dp: int, ep: int, microbatches: int
+    rank: int,
+    world: int,
+    schedule: str,
+    pp: int,
+    dp: int,
+    ep: int,
+    microbatches: int,
+    payload: PayloadName = "exact",
 ) -> dict[str, Any]:
     """Losses of this data-parallel rank's micro-batches, and its gradients."""
     mesh = Mesh.create(MeshShape(pp, dp, ep), timeout_s=100)
-    engine = make_engine(mesh, schedule, microbatches, max(pp, 2))
+    engine = make_engine(mesh, schedule, microbatches, max(pp, 2), payload)
     inputs, targets = global_batch(0, microbatches, dp)
     share = slice(mesh.dp_rank * microbatches * 2, (mesh.dp_rank + 1) * microbatches * 2)
     grads = gradients_of(engine, inputs[share], targets[share])
@@ -73,10 +87,16 @@ def gradients(
 
 
 def one_process(
-    share: int, shares: int, microbatches: int, layers: int = 2, schedule: str = "1f1b"
+    share: int,
+    shares: int,
+    microbatches: int,
+    *,
+    layers: int = 2,
+    schedule: str = "1f1b",
+    payload: PayloadName = "exact",
 ) -> dict[str, Any]:
     """The same of one of equal shares of the batch, in this process."""
-    engine = make_engine(Mesh(MeshShape()), schedule, microbatches, layers)
+    engine = make_engine(Mesh(MeshShape()), schedule, microbatches, layers, payload)
     inputs, targets = global_batch(0, microbatches, shares)
     rows = slice(share * microbatches * 2, (share + 1) * microbatches * 2)
     grads = gradients_of(engine, inputs[rows], targets[rows])

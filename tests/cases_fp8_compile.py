@@ -3,7 +3,8 @@
     python -m tests.cases_fp8_compile
 
 The launch is left out: a driver that only names its target stands in for CUDA's, so that arguments
-are specialised as in a real call. Prints one JSON object: for each kernel a list of variants.
+are specialised as in a real call. Prints one JSON object: for each function a list of the kernels
+that it would launch, and under "by counts" how many there are for all routings.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from counterflow.fp8 import E4M3, E5M2, Quantized
+from counterflow.fp8.formats import TILE, padded_rows
 from counterflow.fp8.kernels import product, quantize, swiglu
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -96,23 +99,48 @@ def described(kernel: Any) -> dict[str, Any]:
     }
 
 
-class EveryConfig:
-    """In place of the tuned kernel: launches each configuration that it would try."""
+class Untuned:
+    """In place of the tuned kernel: launches the first configurations that it would try.
+
+    Attributes:
+        most: how many of them.
+    """
 
     def __init__(self, tuned: Any) -> None:
         self.tuned = tuned
+        self.most = len(tuned.configs)
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def launch(*args: Any, **kwargs: Any) -> None:
             names = dict(zip(self.tuned.arg_names, args, strict=False))
-            for config in self.tuned.early_config_prune(self.tuned.configs, names, **kwargs):
+            fitting = self.tuned.early_config_prune(self.tuned.configs, names, **kwargs)
+            for config in fitting[: self.most]:
                 config.pre_hook({**names, **config.kwargs})
                 self.tuned.fn[grid](*args, **kwargs, **config.all_kwargs())
 
         return launch
 
 
-def all_kernels() -> dict[str, list[dict[str, Any]]]:
+def kernels_by_counts(untuned: Untuned) -> dict[str, int]:
+    """How many kernels a grouped product compiles for several routings."""
+    untuned.most = 1
+    found: dict[str, list[Any]] = {"grouped": [], "grouped_along_k": []}
+    b = Quantized(torch.zeros(2, 384, 512).to(E4M3), torch.zeros(2, 3, 4))
+    into = torch.zeros(2, 256, 384)
+    for counts in ([100, 156], [1, 100], [1920, 128], [8, 0]):
+        rows, padded = sum(counts), padded_rows(counts)
+        a = Quantized(torch.zeros(rows, 512).to(E4M3), torch.zeros(rows, 4))
+        out = torch.zeros(rows, 384, dtype=torch.bfloat16)
+        x, y = (
+            Quantized(torch.zeros(n, padded).to(E4M3), torch.zeros(n, padded // TILE))
+            for n in (256, 384)
+        )
+        found["grouped"] += compiled(partial(product.grouped, a, b, counts, out))
+        found["grouped_along_k"] += compiled(partial(product.grouped_along_k, x, y, counts, into))
+    return {name: len({kernel.hash for kernel in kernels}) for name, kernels in found.items()}
+
+
+def all_kernels(untuned: Untuned) -> dict[str, list[dict[str, Any]]]:
     """Each function's kernels at shapes whose divisibility is that of DeepSeek-V3's."""
     x = torch.zeros(256, 512, dtype=torch.bfloat16)
     counts = [100, 156]
@@ -145,10 +173,17 @@ def all_kernels() -> dict[str, list[dict[str, Any]]]:
             tiles, turned, [100, 300], torch.zeros(2, 256, 384)
         ),
     }
-    return {name: [described(kernel) for kernel in compiled(run)] for name, run in runs.items()}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, run in runs.items():
+        # Only its table distinguishes the grouped kernel from the dense one.
+        untuned.most = 1 if name == "grouped" else len(product.CONFIGS)
+        found[name] = [described(kernel) for kernel in compiled(run)]
+    return found
 
 
 if __name__ == "__main__":
     driver.set_active(NoDriver())  # pyright: ignore[reportArgumentType]
-    product._tuned_kernel = EveryConfig(product._tuned_kernel)
-    sys.stdout.write(json.dumps(all_kernels()))
+    untuned = Untuned(product._tuned_kernel)
+    product._tuned_kernel = untuned
+    kernels: dict[str, Any] = all_kernels(untuned)
+    sys.stdout.write(json.dumps({**kernels, "by counts": kernels_by_counts(untuned)}))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -192,12 +193,21 @@ def operand(shape: Sequence[int], kind: str, form: str = "e4m3", seed: int = 0) 
     return Quantized(values, torch.randint(-3, 4, of, generator=generator).float().exp2())
 
 
+def turned(q: Quantized) -> Quantized:
+    """The same operand as the transposed view of a copy: of one row, with a stride of 1."""
+    return Quantized(*(t.mT.clone(memory_format=torch.contiguous_format).mT for t in q))
+
+
 def dense_products(m: int, n: int, k: int, a_kind: str, b_kind: str, form: str = "e4m3") -> None:
     a, b = operand((m, k), a_kind), operand((n, k), b_kind, form, seed=1)
+    once = Reference().matmul(a, b)
     for dtype in (torch.bfloat16, torch.float32):
         found = torch.empty(m, n, dtype=dtype)
         product.matmul(a, b, found, False)
         same(found, Reference().matmul(a, b, out_dtype=dtype))
+    found = torch.empty_like(once)
+    product.matmul(turned(a), turned(b), found, False)
+    same(found, once)
     total = torch.randn(m, n, generator=torch.Generator().manual_seed(2))
     expected = Reference().matmul(a, b, out_dtype=torch.float32, accumulate=total.clone())
     product.matmul(a, b, total, True)
@@ -219,3 +229,58 @@ def products_along_k(counts: Sequence[int], m: int, n: int) -> None:
     expected = Reference().grouped_along_k(a, b, counts, accumulate=total.clone())
     product.grouped_along_k(a, b, counts, total)
     same(total, expected)
+
+
+@contextmanager
+def tuned(chosen: int) -> Iterator[Any]:
+    """Within, products are tuned as on a GPU, by times after which configuration `chosen` is taken.
+
+    Yields the tuner.
+    """
+    tuner, original = product._tuned_kernel, product._kernel_and_blocks
+    trials = iter(())
+
+    def fits(*args: Any, **kwargs: Any) -> list[Any]:
+        nonlocal trials
+        found = product._that_fit(*args, **kwargs)
+        trials = iter(found)
+        return found
+
+    def time(launch: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
+        if next(trials) is not product.CONFIGS[chosen]:
+            return [1.0]
+        launch()  # repeatedly: a result that is added to must not keep it
+        launch()
+        return [0.0]
+
+    product._kernel_and_blocks = lambda: (tuner, {})
+    tuner.do_bench, tuner.early_config_prune = time, fits
+    tuner.cache.clear()
+    try:
+        yield tuner
+    finally:
+        product._kernel_and_blocks = original
+
+
+def products_of_a_configuration(chosen: int) -> None:
+    """Each product once with the configuration, but where it does not fit."""
+    with tuned(chosen) as tuner:
+        dense_products(70, 200, 160, "tiles", "blocks")
+        grouped_products([3, 0, 130], 140, 160, "blocks")
+        products_along_k([3, 0, 130], 70, 140)
+        fitting = list(tuner.cache.values())
+    is_whole = product.CONFIGS[chosen].kwargs["HALVES"] == 1
+    taken = [config is product.CONFIGS[chosen] for config in fitting]
+    assert all(taken) if is_whole else sum(taken) == len(taken) - 1, "not what was to be tried"
+
+
+def counts_and_tuning() -> None:
+    """Groups of other sizes are no reason to tune anew."""
+    with tuned(1) as tuner:
+        for counts in ([3, 0, 130], [128, 5, 0], [0, 0, 1]):
+            grouped_products(counts, 8, 160, "blocks")
+        assert len(tuner.cache) == 1, f"grouped: {list(tuner.cache)}"
+        tuner.cache.clear()
+        for counts in ([3, 0, 130], [128, 5, 0], [0, 0, 1]):
+            products_along_k(counts, 8, 8)
+        assert len(tuner.cache) == 1, f"grouped_along_k: {list(tuner.cache)}"

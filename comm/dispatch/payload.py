@@ -19,7 +19,8 @@ from ...fp8.formats import tiles_in
 from ...fp8.logfmt import LogCode, code_bytes, decode_logfmt, encode_logfmt
 from .names import PayloadName
 
-_LOGFMT_BITS = {"logfmt8": 8, "logfmt10": 10}
+# Bits of a value in those payloads that go in LogFMT.
+LOGFMT_BITS = {"logfmt8": 8, "logfmt10": 10}
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ class Payload:
         if self.name == "fp8":
             values, scales = quantize_tiles(x_MD)
             return [values.view(torch.uint8), scales]
-        if self.name in _LOGFMT_BITS:
+        if self.name in LOGFMT_BITS:
             return self._encode_logfmt(x_MD)
         return [x_MD.to(self.summed(x_MD.dtype)).contiguous()]
 
     def decode(self, parts: list[Tensor], hidden: int, dtype: torch.dtype) -> Tensor:
         """Rows [M, hidden] of `dtype` from parts that `encode` made."""
-        if self.name in _LOGFMT_BITS:
+        if self.name in LOGFMT_BITS:
             return self._decode_logfmt(parts, hidden, dtype)
         tiles = self.tiles(parts)
         return parts[0].to(dtype) if tiles is None else dequantize(tiles, dtype)
@@ -87,14 +88,14 @@ class Payload:
         """Bytes of a row of `hidden` values of `dtype` in a spread, without metadata."""
         if self.name == "fp8":
             return hidden + 4 * tiles_in(hidden)
-        if self.name in _LOGFMT_BITS:
-            return code_bytes(hidden, _LOGFMT_BITS[self.name]) + 8 * tiles_in(hidden)
+        if self.name in LOGFMT_BITS:
+            return code_bytes(hidden, LOGFMT_BITS[self.name]) + 8 * tiles_in(hidden)
         return hidden * self.summed(dtype).itemsize
 
     def _encode_logfmt(self, x_MD: Tensor) -> list[Tensor]:
-        code = encode_logfmt(x_MD, _LOGFMT_BITS[self.name])
+        code = encode_logfmt(x_MD, LOGFMT_BITS[self.name])
         return [code.codes, code.least, code.steps]
 
     def _decode_logfmt(self, parts: list[Tensor], hidden: int, dtype: torch.dtype) -> Tensor:
         codes, least, steps = parts
-        return decode_logfmt(LogCode(codes, least, steps, _LOGFMT_BITS[self.name], hidden), dtype)
+        return decode_logfmt(LogCode(codes, least, steps, LOGFMT_BITS[self.name], hidden), dtype)

@@ -22,8 +22,7 @@ from ...fp8.logfmt import decode_logfmt, encode_logfmt
 from .grid import NodeGrid
 from .layout import ExpertLayout
 from .names import PayloadName
-
-_LOGFMT_BITS = {"logfmt8": 8, "logfmt10": 10}
+from .payload import LOGFMT_BITS
 
 
 class Origin(NamedTuple):
@@ -199,8 +198,8 @@ class Reference:
     def _after_a_spread(self, x_TD: Tensor) -> Tensor:
         if self.payload == "fp8":
             return dequantize(quantize_tiles(x_TD), x_TD.dtype)
-        if self.payload in _LOGFMT_BITS:
-            return decode_logfmt(encode_logfmt(x_TD, _LOGFMT_BITS[self.payload]), x_TD.dtype)
+        if self.payload in LOGFMT_BITS:
+            return decode_logfmt(encode_logfmt(x_TD, LOGFMT_BITS[self.payload]), x_TD.dtype)
         return x_TD.bfloat16().to(x_TD.dtype) if self.payload == "bf16" else x_TD
 
     def _token_sum(self, rows: Sequence[Tensor], source: int, token: int) -> Tensor:

@@ -10,8 +10,11 @@ same conversions are done on the bits.
 # pyright: reportIndexIssue=false, reportArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 import triton
@@ -20,7 +23,10 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from .. import swiglu_reference as reference
-from ..formats import E4M3, TILE, largest, tiles_in
+from ..formats import E4M3, TILE, Quantized, largest
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 INFINITY = tl.constexpr(0x7F800000)
@@ -89,9 +95,21 @@ def to_device(table: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return host.to(device, non_blocking=True)
 
 
-def padded_rows(counts: Sequence[int]) -> int:
-    """P: rows of groups that are each padded to a multiple of 128."""
-    return sum(tiles_in(n) for n in counts) * TILE
+def on_its_device(launcher: Callable[P, R]) -> Callable[P, R]:
+    """The launcher with the device of its first argument, a tensor or a quantised one, as current.
+
+    Triton launches on torch's current device, wherever the operands are.
+    """
+
+    @wraps(launcher)
+    def launch(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0]
+        x = first.values if isinstance(first, Quantized) else first
+        assert isinstance(x, Tensor), "launchers take their operands by position"
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            return launcher(*args, **kwargs)
+
+    return launch
 
 
 @triton.jit

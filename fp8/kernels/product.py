@@ -28,12 +28,37 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..formats import TILE, Quantized, tiles_in
-from .numbers import TILE_SIZE, interpreted, loop_bound, narrow, to_device
+from .numbers import TILE_SIZE, interpreted, loop_bound, narrow, on_its_device, to_device
 
 # What a tensor memory descriptor asks of a row's length in bytes.
 _ALIGNMENT = 16
 # Rows of tiles that are walked together: what they read of b stays in the second-level cache.
 _BAND = tl.constexpr(8)
+
+
+class _Original:
+    """What `out` holds before configurations are tried on it, each of which adds to it repeatedly.
+
+    A hook of the tuner's: it is called before each trial, and with `reset_only` after the last.
+    """
+
+    def __init__(self) -> None:
+        self.copy: Tensor | None = None
+
+    def before(self, arguments: dict[str, Any], reset_only: bool = False) -> None:
+        if reset_only:
+            self._put_back(arguments)
+        elif arguments["ACCUMULATE"] and self.copy is None:
+            self.copy = arguments["out_ptr"].clone()
+
+    def after(self, arguments: dict[str, Any], exception: Exception | None) -> None:
+        if exception is not None:  # perhaps the tuner's end
+            self._put_back(arguments)
+
+    def _put_back(self, arguments: dict[str, Any]) -> None:
+        if self.copy is not None:
+            arguments["out_ptr"].copy_(self.copy)
+            self.copy = None
 
 
 def _config(
@@ -73,18 +98,20 @@ def _that_fit(
     return [c for c in configs if c.kwargs["HALVES"] == 1 or constants["B_ROWS"] > 1]
 
 
+@on_its_device
 def matmul(a: Quantized, b: Quantized, out: Tensor, accumulate: bool) -> None:
     """out [M, N] = a [M, K] @ b [N, K].T, or added to it.
 
     Args:
         a, b: tiles, blocks or one scale each, in any combination.
-        out: bfloat16 or float32, rows contiguous.
+        out: bfloat16 or float32, contiguous.
         accumulate: add to out (float32).
     """
     k_tiles = tiles_in(a.values.shape[1])
     _launch(a, b, out, accumulate, len(a.values), b.values.shape[0], None, k_tiles)
 
 
+@on_its_device
 def grouped(a: Quantized, b: Quantized, counts: Sequence[int], out: Tensor) -> None:
     """out [R, N]: row r of group e is a[r] @ b[e].T, for a [R, K] and b [E, N, K]."""
     k_tiles = tiles_in(a.values.shape[1])
@@ -94,6 +121,7 @@ def grouped(a: Quantized, b: Quantized, counts: Sequence[int], out: Tensor) -> N
     _launch(a, b, out, False, len(a.values), b.values.shape[1], table, k_tiles)
 
 
+@on_its_device
 def grouped_along_k(a: Quantized, b: Quantized, counts: Sequence[int], accumulate: Tensor) -> None:
     """accumulate [E, M, N] += a's columns of group e @ b's columns of group e, transposed.
 
@@ -109,7 +137,7 @@ def grouped_along_k(a: Quantized, b: Quantized, counts: Sequence[int], accumulat
         if n:
             table += [(e, row, rows, first, stop) for row in range(0, rows, TILE)]
         first = stop
-    _launch(a, b, accumulate, True, rows, len(b.values), table, first, group_along_k=True)
+    _launch(a, b, accumulate, True, rows, len(b.values), table, 0, group_along_k=True)
 
 
 def _launch(
@@ -124,7 +152,11 @@ def _launch(
     *,
     group_along_k: bool = False,
 ) -> None:
-    """Starts the kernel; `table` has (group, first row, end of rows, first tile along K, end)."""
+    """Starts the kernel; `table` has (group, first row, end of rows, first tile along K, end).
+
+    `k_tiles` is the length of the sums, 0 where groups have lengths of their own.
+    """
+    assert out.is_contiguous()
     if not out.numel() or (table is not None and not table):
         return
     a_values, b_values = _readable(a.values), _readable(b.values.flatten(0, -2))
@@ -137,13 +169,10 @@ def _launch(
         parts = TILE // meta["BLOCK_M"]
         return (tiles_m * parts * triton.cdiv(columns, meta["BLOCK_N"] * meta["HALVES"]),)
 
-    kernel: Any = _product_kernel if interpreted() else _tuned_kernel
-    # The interpreter tries no configurations: it takes the one in which every line takes part.
-    fixed: dict[str, Any] = CONFIGS[0].kwargs if interpreted() else {}
-    wide = fixed.get("BLOCK_N", TILE)
+    kernel, fixed = _kernel_and_blocks()
     kernel[grid](
-        TensorDescriptor.from_tensor(a_values, [TILE, TILE]),
-        TensorDescriptor.from_tensor(b_values, [wide, TILE]),
+        TensorDescriptor.from_tensor(a_values, [fixed.get("BLOCK_M", TILE), TILE]),
+        TensorDescriptor.from_tensor(b_values, [fixed.get("BLOCK_N", TILE), TILE]),
         out,
         a_scales,
         b_scales,
@@ -152,7 +181,6 @@ def _launch(
         rows,
         columns,
         k_tiles,
-        out.stride(-2),
         *a_strides[-2:],
         *(0, *b_strides)[-3:],
         A_ROWS=a_rows,
@@ -164,13 +192,21 @@ def _launch(
     )
 
 
+def _kernel_and_blocks() -> tuple[Any, dict[str, Any]]:
+    """The kernel, and its blocks where no configurations are tried: in the interpreter."""
+    return (_product_kernel, CONFIGS[0].kwargs) if interpreted() else (_tuned_kernel, {})
+
+
 def _readable(values: Tensor) -> Tensor:
     """[rows, K] as a descriptor takes it; a row that is no multiple of 16 bytes costs a copy."""
     short = -values.shape[1] % _ALIGNMENT
     if short:
         return F.pad(values.view(torch.uint8), (0, short)).view(values.dtype)
     fits = values.stride(1) == 1 and not values.stride(0) % _ALIGNMENT
-    return values if fits and not values.data_ptr() % _ALIGNMENT else values.clone().contiguous()
+    if fits and not values.data_ptr() % _ALIGNMENT:
+        return values
+    # Not .contiguous(), to which a dimension of size 1 is that with any stride.
+    return values.clone(memory_format=torch.contiguous_format)
 
 
 def _scales(q: Quantized) -> tuple[Tensor, int, tuple[int, ...]]:
@@ -227,17 +263,18 @@ def _promoted(
 
 @triton.jit
 def _store(
-    acc, out_ptr, row, stop, n, columns, stride, ACCUMULATE: tl.constexpr, INTERPRETED: tl.constexpr
+    acc, out_ptr, row, stop, n, columns, ACCUMULATE: tl.constexpr, INTERPRETED: tl.constexpr
 ):
     column = n + tl.arange(0, acc.shape[1])
     inside = (row < stop)[:, None] & (column < columns)[None, :]
-    place = out_ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
+    place = out_ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
     if ACCUMULATE:
         acc += tl.load(place, inside, 0.0)
     tl.store(place, narrow(acc, out_ptr.dtype.element_ty, INTERPRETED), inside)
 
 
-@triton.jit
+# What follows the counts of groups is not looked at to choose a compiled kernel.
+@triton.jit(do_not_specialize=["tiles_m", "rows", "a_stride", "b_stride"])
 def _product_kernel(
     a_desc,
     b_desc,
@@ -249,7 +286,6 @@ def _product_kernel(
     rows,
     columns,
     k_tiles,
-    out_stride,
     a_stride,
     a_stride_k,
     b_stride_group,
@@ -306,16 +342,18 @@ def _product_kernel(
                 B_ROWS,
             )
     if ALONG_K:
-        out_ptr += group.to(tl.int64) * rows * out_stride
-    _store(acc, out_ptr, row, stop, n, columns, out_stride, ACCUMULATE, INTERPRETED)
+        out_ptr += group.to(tl.int64) * rows * columns
+    _store(acc, out_ptr, row, stop, n, columns, ACCUMULATE, INTERPRETED)
     if HALVES == 2:
-        _store(acc_2, out_ptr, row, stop, n + BLOCK_N, columns, out_stride, ACCUMULATE, INTERPRETED)
+        _store(acc_2, out_ptr, row, stop, n + BLOCK_N, columns, ACCUMULATE, INTERPRETED)
 
 
-# Trying configurations adds to `out` again and again, so it is put back each time.
+# Nothing in the key follows the counts of groups, so that a routing is not a reason to tune anew.
+_original = _Original()
 _tuned_kernel = triton.autotune(
     CONFIGS,
     key=["columns", "k_tiles", "A_ROWS", "B_ROWS", "ACCUMULATE", "ALONG_K"],
-    restore_value=["out_ptr"],
+    pre_hook=_original.before,
+    post_hook=_original.after,
     prune_configs_by={"early_config_prune": _that_fit},
 )(_product_kernel)

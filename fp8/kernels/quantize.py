@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..formats import TILE, Quantized, tiles_in
+from ..formats import TILE, Quantized, padded_rows, tiles_in
 from .numbers import (
     TILE_SIZE,
     encode,
     group_tiles,
     magnitude_bits,
-    padded_rows,
+    on_its_device,
     rule,
     scale_of,
     scaled,
@@ -33,6 +33,7 @@ _TILES_A_PROGRAM = 32  # 8 KB of bfloat16, which keeps 16-byte loads of all thre
 _COLUMNS_A_PROGRAM = 64
 
 
+@on_its_device
 def quantize_tiles(x: Tensor, *, dtype: torch.dtype, power_of_two: bool) -> Quantized:
     x = _readable(x)
     rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(0, 1)
@@ -55,6 +56,7 @@ def quantize_tiles(x: Tensor, *, dtype: torch.dtype, power_of_two: bool) -> Quan
     return Quantized(values, scales)
 
 
+@on_its_device
 def quantize_blocks(x: Tensor, *, dtype: torch.dtype, power_of_two: bool) -> Quantized:
     x = _readable(x).contiguous()
     rows, columns = x.shape[-2:]
@@ -74,18 +76,21 @@ def quantize_blocks(x: Tensor, *, dtype: torch.dtype, power_of_two: bool) -> Qua
     return Quantized(values, scales)
 
 
+@on_its_device
 def quantize_columns(
     x_MD: Tensor, counts: Sequence[int] | None, *, dtype: torch.dtype, power_of_two: bool
 ) -> Quantized:
     return _columns(_readable(x_MD), None, counts, dtype, power_of_two)
 
 
+@on_its_device
 def transpose_tiles(q: Quantized, counts: Sequence[int] | None, *, power_of_two: bool) -> Quantized:
     values = q.values if q.values.stride(1) == 1 else q.values.contiguous()
     scales = q.scales.float().contiguous()
     return _columns(values, scales, counts, values.dtype, power_of_two)
 
 
+@on_its_device
 def quantize_both(
     x_MD: Tensor, counts: Sequence[int] | None, *, dtype: torch.dtype, power_of_two: bool
 ) -> tuple[Quantized, Quantized]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..formats import E4M3, TILE, Quantized, tiles_in
 from . import quantize
-from .numbers import Rule, interpreted, rule
+from .numbers import Rule, interpreted, on_its_device, rule
 from .quantize import columns_for, tiles_for
 from .swiglu_device import (
     backward_both_kernel,
@@ -41,6 +41,7 @@ _ROWS_A_PROGRAM = 16
 _COLUMNS_A_PROGRAM = 64
 
 
+@on_its_device
 def swiglu(
     h: Tensor | Quantized, weights_N: Tensor | None = None, *, nominal: torch.dtype = torch.bfloat16
 ) -> Tensor:
@@ -51,6 +52,7 @@ def swiglu(
     return a
 
 
+@on_its_device
 def swiglu_quantized(
     h: Tensor | Quantized,
     weights_N: Tensor | None = None,
@@ -66,6 +68,7 @@ def swiglu_quantized(
     return tiles
 
 
+@on_its_device
 def swiglu_columns(
     h: Tensor | Quantized,
     weights_N: Tensor | None = None,
@@ -101,6 +104,7 @@ def swiglu_columns(
     return columns
 
 
+@on_its_device
 def swiglu_backward(
     grad_NI: Tensor, h: Tensor | Quantized, weights_N: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -132,6 +136,7 @@ def swiglu_backward(
     return grad_h, _sum_tiles(sums)
 
 
+@on_its_device
 def swiglu_backward_quantized(
     grad_NI: Tensor,
     h: Tensor | Quantized,

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..formats import TILE, Quantized, tiles_in
+from ..formats import TILE, Quantized, padded_rows, tiles_in
 
 Kind = Literal["dense", "grouped", "grouped_along_k"]
 Granularity = Literal["tiles", "blocks", "tensor"]
@@ -178,7 +178,7 @@ class Backend(ABC):
         Raises:
             ValueError: as of `matmul`.
         """
-        return self.run(Product("grouped", a, b, tuple(counts), out_dtype, None))
+        return self.run(Product("grouped", a, b, tuple(int(n) for n in counts), out_dtype, None))
 
     def grouped_along_k(
         self, a: Quantized, b: Quantized, counts: Sequence[int], *, accumulate: Tensor
@@ -197,7 +197,9 @@ class Backend(ABC):
         Raises:
             ValueError: as of `matmul`.
         """
-        product = Product("grouped_along_k", a, b, tuple(counts), torch.float32, accumulate)
+        product = Product(
+            "grouped_along_k", a, b, tuple(int(n) for n in counts), torch.float32, accumulate
+        )
         return self.run(product)
 
     def run(self, product: Product) -> Tensor:
@@ -216,11 +218,6 @@ class Backend(ABC):
     @abstractmethod
     def _compute(self, product: Product) -> Tensor:
         """The result of a product that is not nothing and that it can serve."""
-
-
-def padded_rows(counts: Sequence[int]) -> int:
-    """P: columns of a transposed tensor whose groups are each padded to a multiple of 128."""
-    return sum(tiles_in(n) for n in counts) * TILE
 
 
 def granularity(q: Quantized) -> Granularity:

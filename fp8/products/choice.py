@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import cache
 from typing import ClassVar
 
 import torch
@@ -40,7 +39,7 @@ _ON_GPU: dict[Kind, tuple[type[Backend], ...]] = {
 
 
 class Auto(Backend):
-    """For each product the backend that `choose` finds; the choice is logged once."""
+    """For each product the backend that `choose` finds; each choice is logged once."""
 
     name: ClassVar[str] = AUTO
 
@@ -173,6 +172,11 @@ def grouped_matmul_along_k(
 _find = backend  # the functions above have an argument of that name
 
 
-@cache
+_said: set[tuple[Kind, str, str]] = set()
+
+
 def _say_once(kind: Kind, device: str, name: str, why: str) -> None:
-    log.info("FP8 %s products on %s: backend %s (%s)", kind, device, name, why)
+    """`why` names sizes, which change from product to product: the first one's are logged."""
+    if (kind, device, name) not in _said:
+        _said.add((kind, device, name))
+        log.info("FP8 %s products on %s: backend %s (%s)", kind, device, name, why)

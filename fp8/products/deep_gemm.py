@@ -97,8 +97,7 @@ def _along_k(product: Product) -> Tensor:
     assert into is not None
     columns = torch.tensor(padded, dtype=torch.int32).to(product.device, non_blocking=True)
     operands = [
-        (group_after_group(q.values, padded), tile_scales(q).contiguous())
-        for q in (product.a, product.b)
+        (group_after_group(q.values, padded), dense(tile_scales(q))) for q in (product.a, product.b)
     ]
     target = dense(into)
     _call(_ALONG_K, *operands, target, padded, columns, target)
@@ -145,8 +144,8 @@ def _call(name: str, *arguments: Any, **options: Any) -> None:
         _find((name,))(*arguments, **options)
     except RuntimeError as error:
         raise RuntimeError(
-            f"DeepGEMM's {name} failed: {error}. It compiles a kernel for each new shape, which "
-            "takes a CUDA toolkit (CUDA_HOME, nvcc or NVRTC) and a cache it can write to "
+            f"DeepGEMM's {name} failed: {error}; if it is compilation, of which each new shape has "
+            "one, that takes a CUDA toolkit (CUDA_HOME, nvcc or NVRTC) and a cache it can write to "
             "(DG_JIT_CACHE_DIR); backend='cublas' (dense) and 'triton' take neither"
         ) from error
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..kernels import why_no_triton
+from ..kernels import why_no_fp8, why_no_triton
 from .base import Backend, Product
 
 # The tensor memory accelerator, through which the kernels read, came with Hopper.
@@ -32,6 +32,9 @@ class Triton(Backend):
         if into is not None and not into.is_contiguous():
             return "it accumulates into a contiguous tensor"
         if device.type == "cuda":
+            reason = why_no_fp8(device)
+            if reason is not None:
+                return reason
             found = torch.cuda.get_device_capability(device)
             if found >= _CAPABILITY:
                 return None

@@ -10,12 +10,15 @@ from types import FunctionType, MethodType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from counterflow.fp8 import (
     E4M3,
+    Linear,
     Quantized,
     Recipe,
+    forget,
     quantize_blocks,
     quantize_columns,
     quantize_tensor,
@@ -174,6 +177,37 @@ class Counting(Reference):
             (m, k), n = product.a.values.shape, product.b.values.shape[-2]
             total += m * n * k
         return total
+
+
+class Contiguous(Reference):
+    """The reference, which refuses to add into what a kernel could not take as flat memory."""
+
+    name: ClassVar[str] = "contiguous"
+
+    def __init__(self) -> None:
+        self.sums = 0
+
+    def _compute(self, product: Product) -> Tensor:
+        if product.accumulate is not None:
+            assert product.accumulate.is_contiguous()
+            self.sums += 1
+        return super()._compute(product)
+
+
+def broadcast_weight(rank: int, world: int) -> list[bool]:
+    """Whether a layer's output is that of rank 0's weight: after the broadcast, and `forget`."""
+    del world
+    torch.manual_seed(rank)
+    layer, theirs = Linear(200, 130), Linear(200, 130)
+    x = rows(4, 200)
+    layer(x)
+    numbers = layer.weight.detach().clone()
+    dist.broadcast(numbers, 0)
+    theirs.weight = nn.Parameter(numbers)
+    dist.broadcast(layer.weight.detach(), 0)
+    found = [torch.equal(layer(x), theirs(x))]
+    forget(layer)
+    return [*found, torch.equal(layer(x), theirs(x))]
 
 
 def kept_by(*found: Any) -> list[Tensor]:

@@ -33,6 +33,11 @@ def give_gradients(given: list[nn.Parameter], step: int) -> None:
         p.grad = torch.where(powers == 0, 0.0, grad)
 
 
+def grads_of(parameter: nn.Parameter) -> list[float]:
+    assert parameter.grad is not None
+    return parameter.grad.flatten().tolist()
+
+
 def rounded(x: np.float32) -> np.float32:
     """To the nearest bfloat16, ties to even, from the bits."""
     (bits,) = struct.unpack("<I", struct.pack("<f", x))
@@ -197,6 +202,32 @@ def test_an_update_moves_the_version_by_which_a_changed_weight_is_known() -> Non
     before = p._version
     AdamW([p]).step()
     assert p._version > before
+
+
+def test_moments_of_a_transposed_parameter_of_torch_are_loaded_and_updated() -> None:
+    theirs = nn.Parameter(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).t())
+    first = torch.optim.AdamW([theirs], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
+    theirs.grad = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+    first.step()
+    saved = first.state_dict()
+    assert saved["state"][0]["exp_avg"].stride() == (1, 3)
+
+    mine = nn.Parameter(theirs.detach().contiguous())
+    second = AdamW([mine], **NUMBERS)
+    second.load_state_dict(saved)
+    numbers = [OneNumber(w) for w in mine.flatten().tolist()]
+    kept = (saved["state"][0][key].flatten().tolist() for key in ("exp_avg", "exp_avg_sq"))
+    for one, m, v in zip(numbers, *kept, strict=True):
+        one.m, one.v, one.t = rounded(np.float32(m)), rounded(np.float32(v)), 1
+    for step in range(3):
+        give_gradients([mine], step)
+        second.step()
+        for one, grad in zip(numbers, grads_of(mine), strict=True):
+            one.step(grad)
+    state = second.state[mine]
+    assert mine.flatten().tolist() == [one.w for one in numbers]
+    assert state["exp_avg"].flatten().tolist() == [one.m for one in numbers]
+    assert state["exp_avg_sq"].flatten().tolist() == [one.v for one in numbers]
 
 
 @pytest.mark.parametrize(

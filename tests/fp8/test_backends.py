@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from counterflow.fp8 import (
     Quantized,
     grouped_matmul,
     grouped_matmul_along_k,
+    kernels,
     quantize_blocks,
     quantize_columns,
     quantize_tensor,
@@ -45,7 +47,7 @@ def _fresh() -> Iterator[None]:
     def forget() -> None:
         deep_gemm_module._why_no_library.cache_clear()
         te_module._why_no_library.cache_clear()
-        choice._say_once.cache_clear()
+        choice._said.clear()
 
     forget()
     yield
@@ -98,6 +100,49 @@ def test_auto_on_a_cpu_is_the_reference_and_says_so_once(caplog: pytest.LogCaptu
     assert [record.getMessage() for record in caplog.records] == [
         "FP8 dense products on cpu: backend reference (on cpu the reference computes)"
     ]
+
+
+def test_auto_says_its_choice_once_for_all_sizes(
+    monkeypatch: pytest.MonkeyPatch, hopper: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(choice.Reference, "_compute", lambda self, product: product.nothing())
+    with on_a_gpu(monkeypatch, "cublas"), caplog.at_level(logging.INFO, "counterflow.fp8"):
+        for k in (250, 251, 252):  # each a reason of its own to pass cuBLAS over
+            choice.Auto().run(dense(k=k))
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert "backend reference" in message
+    assert "K = 250" in message
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "reason"),
+    [
+        ((8, 0), None, "capability 8.9 or higher, and cuda:0 has 8.0"),
+        ((9, 4), "6.0", "NVIDIA"),
+        ((8, 9), None, None),
+        ((9, 0), None, None),
+    ],
+)
+def test_kernels_are_left_out_on_gpus_for_which_they_do_not_compile(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None, reason: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(kernels, "why_no_triton", lambda: None)
+    monkeypatch.setattr(kernels.importlib, "import_module", lambda *_: kernels)
+    device = torch.device("cuda", 0)
+    kernels.why_no_fp8.cache_clear()
+    there: Any = SimpleNamespace(is_cuda=True, device=device)
+    assert (kernels.kernels_for(there) is None) == (reason is not None)
+    product = dense()
+    monkeypatch.setattr(Product, "device", device)
+    found = choice.Triton().why_not(product)
+    kernels.why_no_fp8.cache_clear()
+    if capability == (8, 9):
+        assert "capability 9.0 or higher" in str(found)
+    else:
+        assert (found is None) == (reason is None)
+        assert reason is None or reason in str(found)
 
 
 def test_a_gpu_backend_refuses_operands_on_a_cpu() -> None:
@@ -419,7 +464,7 @@ def test_a_kernel_that_does_not_compile_is_told_with_the_remedy(
         raise RuntimeError("NVCC compilation failed")
 
     monkeypatch.setattr("deep_gemm.fp8_gemm_nt", fails)
-    with pytest.raises(RuntimeError, match=r"fp8_gemm_nt failed: NVCC compilation.*CUDA_HOME"):
+    with pytest.raises(RuntimeError, match=r"failed: NVCC compilation failed; if it is.*CUDA_HOME"):
         scaled_matmul(dense().a, dense().b, backend="deep_gemm")
 
 

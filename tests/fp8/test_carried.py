@@ -49,10 +49,10 @@ def arrived(count: int = 60, size: int = 200, dtype: torch.dtype = torch.bfloat1
     return carry(dequantize(tiles, dtype), tiles=tiles)
 
 
-def run(x: Tensor, recipe: Recipe | None = None, keep: Any = "fp8") -> tuple[Tensor, Tensor]:
+def run(x: Tensor, recipe: Recipe | None = None) -> tuple[Tensor, Tensor]:
     """Output and weight gradient of a layer with fixed weights."""
     w = weight(130, 200)
-    y = linear(x, [w], Call(recipe or Recipe(), QuantizedWeight(), keep=keep))
+    y = linear(x, [w], Call(recipe or Recipe(), QuantizedWeight()))
     y.backward(rows(60, 130, seed=2).to(x.dtype).view_as(y))
     assert w.grad is not None
     return y.detach(), w.grad
@@ -204,15 +204,12 @@ def remaking(x: Tensor) -> tuple[Tensor, list[int]]:
     return carry(x, remake=remake), made
 
 
-@pytest.mark.parametrize("keep", ["fp8", "e5m6"])
 @pytest.mark.parametrize("recipe", [Recipe(), TENSOR], ids=["paper", "tensor"])
-def test_what_can_be_made_again_is_not_kept_and_gives_the_same_bits(
-    keep: str, recipe: Recipe
-) -> None:
+def test_what_can_be_made_again_is_not_kept_and_gives_the_same_bits(recipe: Recipe) -> None:
     for shape in ((60, 200), (3, 20, 200)):
         x, made = remaking(rows(60, 200).view(shape))
         w = weight(130, 200)
-        y = linear(x, [w], Call(recipe, QuantizedWeight(), keep=keep))  # pyright: ignore[reportArgumentType]
+        y = linear(x, [w], Call(recipe, QuantizedWeight()))
         assert bytes_of(kept_by(y.grad_fn)) == x.nbytes  # the source, which the note refers to
         assert not made
         y.backward(rows(60, 130, seed=2).view_as(y))

@@ -130,6 +130,8 @@ def test_swiglu_of_every_bfloat16(interpret: Interpret) -> None:
     ("shape", "a_kind", "b_kind", "form"),
     [
         ((1, 1, 1), "tiles", "tiles", "e4m3"),
+        ((1, 128, 128), "tiles", "blocks", "e4m3"),
+        ((128, 1, 128), "tensor", "tiles", "e4m3"),
         ((5, 130, 128), "tensor", "tensor", "e4m3"),
         ((130, 129, 200), "tiles", "blocks", "e4m3"),
         ((40, 70, 300), "blocks", "tiles", "e5m2"),
@@ -157,3 +159,12 @@ def test_grouped_products_whose_sums_are_exact(
 @pytest.mark.parametrize("counts", [[3, 0, 130, 1], [0, 0]], ids=str)
 def test_products_along_k_whose_sums_are_exact(interpret: Interpret, counts: list[int]) -> None:
     interpret("products_along_k", counts, 70, 130)
+
+
+@pytest.mark.parametrize("chosen", range(4))
+def test_products_in_each_configuration_that_is_tried(interpret: Interpret, chosen: int) -> None:
+    interpret("products_of_a_configuration", chosen)
+
+
+def test_counts_of_groups_are_no_reason_to_tune_anew(interpret: Interpret) -> None:
+    interpret("counts_and_tuning")

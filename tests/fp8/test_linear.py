@@ -16,13 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from counterflow.fp8 import GroupedLinear, Linear, NonFiniteError, Recipe, quantize_tiles
 from counterflow.fp8.carried import carry
-from counterflow.fp8.e5m6 import pack_e5m6, unpack_e5m6
 from counterflow.fp8.linear import Call, linear
 from counterflow.fp8.products import Emulation
 from counterflow.fp8.weights import QuantizedWeight
 from counterflow.parallel.chunk import WeightGradQueue
 from tests.fp8.linears import (
     RECIPES,
+    Contiguous,
     Counting,
     bytes_of,
     in_fp8,
@@ -263,27 +263,8 @@ def test_a_layer_keeps_fp8_alone_and_so_does_what_waits_for_w() -> None:
     assert kept_by(queue) == []
 
 
-def test_e5m6_keeps_twelve_bits_and_the_weight_gradient_is_of_those() -> None:
-    m, n, k = 256, 128, 512
-    x, w, grad = rows(m, k), weight(n, k), rows(m, n, seed=2)
-    y = linear(x, [w], call(keep="e5m6"))
-    assert bytes_of(kept_by(y.grad_fn)) == 1.5 * m * k + 4 * m * k // 128
-    y.backward(grad)
-    again = unpack_e5m6(pack_e5m6(x), x.dtype)
-    assert not torch.equal(again, x)
-    assert torch.equal(y, plain_linear(x, w, grad, None, Recipe()).y)
-    assert torch.equal(grad_of(w), plain_linear(again, w, grad, None, Recipe()).weights[0])
-
-
-def test_without_gradients_nothing_is_kept_packed_or_quantised_for_them(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def never(x: Tensor) -> None:
-        raise AssertionError("packed for a backward that never comes")
-
-    monkeypatch.setattr("counterflow.fp8.linear.pack_e5m6", never)
-    layer = Linear(200, 130, keep="e5m6", bias=True)
-    x = rows(60, 200)
+def test_without_gradients_there_is_no_graph() -> None:
+    layer, x = Linear(200, 130, bias=True), rows(60, 200)
     with torch.no_grad():
         found = layer(x)
     assert found.grad_fn is None
@@ -292,6 +273,25 @@ def test_without_gradients_nothing_is_kept_packed_or_quantised_for_them(
         assert torch.equal(layer(x.clone()), found)
     layer.requires_grad_(False)
     assert torch.equal(layer(x), found)
+
+
+@pytest.mark.parametrize("queued", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_strides_of_a_weight_make_no_difference(grouped: bool, queued: bool) -> None:
+    counts = [40, 0, 20] if grouped else None
+    plain = weight(3, 130, 200) if grouped else weight(130, 200)
+    turned = nn.Parameter(plain.detach().mT.contiguous().mT)
+    assert not turned.is_contiguous()
+    x, grad = rows(60, 200), rows(60, 130, seed=2)
+    backend = Contiguous()
+    queue, recipe = WeightGradQueue() if queued else None, Recipe(backend=backend)
+    one = call(recipe, counts=counts, queue=queue)
+    y = linear(x, [turned], one)
+    y.backward(grad)
+    expected = plain_linear(x, plain, grad, counts, Recipe())
+    assert torch.equal(y, expected.y)
+    assert torch.equal(grad_of(turned), expected.weights[0])
+    assert backend.sums == 1
 
 
 @pytest.mark.parametrize("layout", ["3-dim", "transposed", "view", "strided"])
@@ -336,10 +336,9 @@ def test_modules_are_the_functions_with_a_bias_in_the_outputs_dtype() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("keep", ["fp8", "e5m6"])
-def test_checkpoints_give_the_same_bits(keep: str, reentrant: bool) -> None:
+def test_checkpoints_give_the_same_bits(reentrant: bool) -> None:
     x, grad = rows(60, 200).requires_grad_(), rows(60, 130, seed=2)
-    layer = Linear(200, 130, keep=keep)  # pyright: ignore[reportArgumentType]
+    layer = Linear(200, 130)
     layer(x).backward(grad)
     expected, expected_x = grad_of(layer.weight), grad_of(x)
     layer.weight.grad = x.grad = None

@@ -414,7 +414,9 @@ def test_what_cannot_be_quantised_is_refused() -> None:
     for quantise in calls:
         with pytest.raises(ValueError, match=r"float16 is not an FP8 format; use float8_e4m3"):
             quantise(x, dtype=torch.float16)
-        for strange in (x.int(), x.to(E4M3), x.to(torch.complex64)):
+        kinds = (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
+        in_a_byte = [x.to(kind) for kind in (E4M3, E5M2, *kinds)]
+        for strange in (x.int(), x.to(torch.complex64), *in_a_byte):
             with pytest.raises(ValueError, match=f"is quantised, got {strange.dtype}"):
                 quantise(strange)
     for quantise in (quantize_blocks, quantize_tensor):
@@ -427,8 +429,16 @@ def test_what_cannot_be_quantised_is_refused() -> None:
         quantize_tiles(x[0, 0])
 
 
-@pytest.mark.parametrize("counts", [[], [3], [2, 3], [5, -1]])
-def test_counts_that_do_not_add_up_are_refused(counts: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ([], "do not add up to the 4 rows"),
+        ([3], "do not add up to the 4 rows"),
+        ([2, 3], "do not add up to the 4 rows"),
+        ([5, -1], "none of them negative"),
+    ],
+)
+def test_counts_that_do_not_fit_are_refused(counts: list[int], message: str) -> None:
     x = torch.ones(4, 4)
     calls: list[Callable[[], Any]] = [
         lambda: quantize_columns(x, counts),
@@ -436,7 +446,7 @@ def test_counts_that_do_not_add_up_are_refused(counts: list[int]) -> None:
         lambda: transpose_tiles(quantize_tiles(x), counts),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match="do not add up to the 4 rows"):
+        with pytest.raises(ValueError, match=message):
             call()
 
 

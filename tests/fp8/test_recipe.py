@@ -139,3 +139,23 @@ def test_outliers_cost_tensor_scaling_what_tiles_keep() -> None:
     # Three tiles of four have no outlier and lose the 3 % that their format costs; the fourth loses
     # all it has, which is half of the sum's norm. With one scale everything is lost.
     assert errors["tile"] < 0.6 < 0.9 < errors["tensor"]
+
+
+def test_blocks_lose_the_gradients_of_small_tokens_and_tiles_do_not() -> None:
+    """Where one token's gradient is 2**18 times the others', what the paper's experiment shows."""
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(5))
+    grad = torch.randn(128, 256, generator=torch.Generator().manual_seed(6))
+    grad[7] *= 2.0**18
+    errors: dict[str, float] = {}
+    for gradients in ("tile", "block"):
+        layer = Linear(256, 256, recipe=Recipe(gradients=gradients))
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+        x = torch.zeros(128, 256, requires_grad=True)
+        layer(x).backward(grad)
+        assert x.grad is not None
+        small = torch.arange(128) != 7
+        exact = (grad @ weight)[small]
+        errors[gradients] = float((x.grad[small] - exact).norm() / exact.norm())
+    assert errors["tile"] < 0.05  # E4M3 rounds by up to 1/16, at random
+    assert errors["block"] > 0.9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 from collections.abc import Callable
 from weakref import ref
 
@@ -13,10 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from counterflow.fp8 import Linear, Quantized, Recipe, quantize_blocks, quantize_tensor
+from counterflow.fp8 import (
+    GroupedLinear,
+    Linear,
+    Quantized,
+    Recipe,
+    forget,
+    quantize_blocks,
+    quantize_tensor,
+)
 from counterflow.fp8.adamw import AdamW
+from counterflow.fp8.linear import Call
 from counterflow.fp8.weights import QuantizedWeight
-from tests.fp8.linears import weight
+from tests.fp8.linears import broadcast_weight, weight
+from tests.ranks import RankPool
 
 
 def check(cache: QuantizedWeight, weights: list[Tensor], recipe: Recipe | None = None) -> int:
@@ -97,6 +108,7 @@ class Unseen(torch.optim.Optimizer):
 
 
 def _unseen(w: nn.Parameter) -> None:
+    w.grad = torch.ones_like(w)
     Unseen([w]).step()
 
 
@@ -144,6 +156,93 @@ def test_a_change_is_noticed(change: Callable[[nn.Parameter], None]) -> None:
     change(w)
     assert check(cache, [w]) == 2
     assert check(cache, [w]) == 2
+
+
+def test_a_step_is_noticed_once_and_one_without_gradients_not_at_all() -> None:
+    w, other, cache = weight(130, 200), weight(3, 5), QuantizedWeight()
+    optimizer = torch.optim.Adam([w, other], lr=0.1, fused=True)
+    check(cache, [w])
+    other.grad = torch.ones_like(other)
+    version = w._version
+    for _ in range(2):
+        optimizer.step()
+        assert check(cache, [w]) == 1
+    assert w._version == version
+    w.grad = torch.ones_like(w)
+    for times in (2, 3):
+        optimizer.step()
+        assert check(cache, [w]) == times
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_leaves_other_graphs_alone_whose_parameters_it_did_not_change(fused: bool) -> None:
+    Linear(8, 8)  # from here on steps are noted
+    g, d = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 1)
+    optimizer = torch.optim.Adam([*g.parameters(), *d.parameters()], lr=0.1, fused=fused)
+    y = g(torch.randn(3, 4)).sum()
+    d(g(torch.randn(3, 4)).detach()).sum().backward()
+    optimizer.step()
+    y.backward()  # through weights of g that its graph has saved
+    assert all(parameter.grad is not None for parameter in g.parameters())
+
+
+class Holder(nn.Module):
+    """Holds weights as models do: side by side in a call of its own, and in layers below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(200, 130), nn.Linear(200, 130)
+        self._up_call = Call(Recipe(), QuantizedWeight())
+        self.below = nn.ModuleList([Linear(200, 130), GroupedLinear(2, 200, 130)])
+
+    def caches(self) -> list[tuple[QuantizedWeight, list[Tensor]]]:
+        linear, grouped = self.below
+        assert isinstance(linear, Linear)
+        assert isinstance(grouped, GroupedLinear)
+        return [
+            (self._up_call.quantized, [self.gate_proj.weight, self.up_proj.weight]),
+            (linear.quantized, [linear.weight]),
+            (grouped.quantized, [grouped.weight]),
+        ]
+
+
+def test_forget_reaches_every_weight_below_a_module() -> None:
+    holder = Holder()
+    outer = nn.Sequential(holder, nn.Linear(3, 4))
+    for cache, weights in holder.caches():
+        check(cache, weights)
+        for w in weights:
+            w.data.mul_(3)  # past autograd, so that what is kept is stale
+        found, _ = cache.get(weights, Recipe())
+        stack = torch.cat([w.detach() for w in weights], dim=-2)
+        assert not torch.equal(found.scales, quantize_blocks(stack).scales)
+    forget(outer)
+    for cache, weights in holder.caches():
+        assert cache.nbytes() == 0
+        assert check(cache, weights) == 2
+
+
+def test_a_broadcast_is_not_noticed_until_the_weights_are_forgotten(ranks: RankPool) -> None:
+    assert ranks.run(broadcast_weight, world=2) == [[True, True], [False, True]]
+
+
+def test_get_gives_weights_also_where_another_thread_forgets_them() -> None:
+    w, cache = weight(16, 16), QuantizedWeight()
+    over = threading.Event()
+
+    def keep_forgetting() -> None:
+        while not over.is_set():
+            cache.forget()
+
+    thread = threading.Thread(target=keep_forgetting, daemon=True)
+    thread.start()
+    try:
+        found = [cache.get([w], Recipe()) for _ in range(200)]
+    finally:
+        over.set()
+        thread.join(timeout=10)
+    first = found[0][0]
+    assert all(torch.equal(q.scales, first.scales) for q, _ in found)
 
 
 @pytest.mark.parametrize("alive", [False, True])

@@ -1,5 +1,6 @@
 """A whole configuration is checked before any process starts."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,13 @@ from counterflow.fp8.products.deep_gemm import DeepGemm
 from counterflow.fp8.products.triton import Triton
 from counterflow.launch.check import check, check_sizes, step_schedules
 from counterflow.launch.config import Config, load
-from counterflow.launch.fp8 import require_backend
+from counterflow.launch.fp8 import backends, introduction, require_backend
+from counterflow.launch.fp8_config import FP8Config
 from counterflow.launch.settings import ConfigError
 from counterflow.launch.tokens import write_tokens
 from counterflow.parallel.schedule import build, save
+
+DEEP_EP = ("dispatch.backend", "deep_ep")
 
 
 def refusal(*overrides: tuple[str, str]) -> str:
@@ -66,6 +70,9 @@ def test_the_default_run_passes() -> None:
             ["train.ramp_start=8", "only rises"],
         ),
         ([("data.kind", "text"), ("data.path", "/nowhere/at/all")], ["/nowhere/at/all", "no such"]),
+        ([DEEP_EP, ("mesh.ep", "1")], ["dispatch.backend=deep_ep with mesh.ep=1", "nobody"]),
+        ([DEEP_EP, ("run.device", "cpu")], ["dispatch.backend=deep_ep with run.device=cpu"]),
+        ([DEEP_EP], ["train.dtype=float32", "set the payload to bf16 or fp8"]),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_reason(
@@ -99,7 +106,8 @@ def test_a_backend_that_cannot_serve_is_refused_before_any_process_starts(
         monkeypatch.setattr(kind, "missing", lambda _: None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     message = refusal(*cpu, ("fp8.backend", "deep_gemm"), ("train.dtype", "bfloat16"))
-    assert "fp8.backend=deep_gemm cannot compute this model's dense products on cpu" in message
+    assert "fp8.backend=deep_gemm cannot compute the forward product of model.layers.0" in message
+    assert " on cpu: " in message
     assert "fp8.backend=auto" in message
     # Not installed: which, and how to get it.
     monkeypatch.setattr(DeepGemm, "missing", lambda _: "DeepGEMM is not here; get it there")
@@ -115,8 +123,65 @@ def test_a_backend_without_grouped_products_cannot_train_experts(
     monkeypatch.setattr(Cublas, "missing", lambda _: None)
     monkeypatch.setattr("counterflow.fp8.products.cublas.why_not_hopper", lambda _: None)
     config = load(None, [FP8, ("fp8.backend", "cublas"), ("train.dtype", "bfloat16")])
-    with pytest.raises(ConfigError, match=r"model's grouped products .*dense products alone"):
-        require_backend(config, torch.device("cuda"))
+    cuda = torch.device("cuda")
+    with pytest.raises(
+        ConfigError, match=r"layers\.1\.mlp\.experts\.gate_up_proj \(grouped,.*dense products alone"
+    ):
+        require_backend(config, cuda)
+    dense = [("model.first_k_dense_replace", "4"), ("model.num_nextn_predict_layers", "0")]
+    sizes = [("fp8.enabled", "true"), ("fp8.backend", "cublas"), *dense]
+    require_backend(load(None, sizes), cuda)
+    assert backends(load(None, sizes), cuda)[0] == {"dense": ["cublas"]}
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"model.q_lora_rank": "60"}, "forward product of layers.0.self_attn.q_a_proj and kv_a"),
+        # Together a multiple of 16, but the gradients of the two are apart.
+        (
+            {"model.q_lora_rank": "60", "model.kv_lora_rank": "36"},
+            "weight gradient of layers.0.self_attn.q_a_proj and kv_a_proj_with_mqa",
+        ),
+        ({"model.v_head_dim": "33"}, "forward product of layers.0.self_attn.kv_b_proj"),
+        ({"model.intermediate_size": "360"}, "forward product of layers.0.mlp.down_proj"),
+        # One position less is 254 rows of two sequences.
+        ({"model.num_nextn_predict_layers": "1"}, "forward product of layers.4.eh_proj"),
+        ({"data.sequence_length": "127"}, "forward product of layers.0.self_attn.q_a_proj"),
+    ],
+)
+def test_a_layer_whose_sizes_a_backend_cannot_take_is_named(
+    changed: dict[str, str], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuBLAS takes M divisible by 8, N and K by 16."""
+    monkeypatch.setattr(Cublas, "missing", lambda _: None)
+    monkeypatch.setattr("counterflow.fp8.products.cublas.why_not_hopper", lambda _: None)
+    fitting = {
+        "fp8.enabled": "true",
+        "fp8.backend": "cublas",
+        "model.first_k_dense_replace": "4",
+        "model.num_nextn_predict_layers": "0",
+    }
+    cuda = torch.device("cuda")
+    require_backend(load(None, fitting.items()), cuda)
+    with pytest.raises(ConfigError, match="sizes must be multiples") as caught:
+        require_backend(load(None, (fitting | changed).items()), cuda)
+    assert f"cannot compute the {what}" in str(caught.value).replace("model.layers", "layers")
+
+
+def test_all_backends_that_serve_a_kind_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepGEMM takes K divisible by 128; the Triton kernels take the rest."""
+    monkeypatch.setattr(DeepGemm, "missing", lambda _: None)
+    monkeypatch.setattr("counterflow.fp8.products.deep_gemm.why_not_hopper", lambda _: None)
+    monkeypatch.setattr(Cublas, "missing", lambda _: "not here")
+    monkeypatch.setattr(Triton, "missing", lambda _: None)
+    monkeypatch.setattr(Triton, "why_not", lambda *_: None)
+    config = load(None, [FP8, ("train.dtype", "bfloat16")])
+    names, why = backends(config, torch.device("cuda"))
+    assert names["dense"] == ["deep_gemm", "triton"]
+    assert names["grouped"] == ["deep_gemm", "triton"]
+    assert names["grouped_along_k"] == ["triton"]
+    assert "not cublas: not here" in why
 
 
 def test_stages_per_rank_are_those_of_the_configuration() -> None:
@@ -163,3 +228,10 @@ def test_a_ramp_has_a_schedule_for_every_size_of_its_steps() -> None:
     assert sorted(step_schedules(load(None, ramp))) == [4, 6, 8, 10, 12]
     one_way = [*ramp, ("schedule.name", "1f1b")]
     assert {5, 7, 9} & set(step_schedules(load(None, one_way)))
+
+
+def test_fp8_keys_without_fp8_are_said_to_have_no_effect() -> None:
+    cpu = torch.device("cpu")
+    assert introduction(Config(), cpu) == ""
+    given = replace(Config(), fp8=FP8Config(check=True))
+    assert introduction(given, cpu) == "fp8.check has no effect without fp8.enabled"

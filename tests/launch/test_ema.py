@@ -193,16 +193,34 @@ def test_no_thread_is_left_after_close_which_may_be_called_twice() -> None:
         average.update()
 
 
-@pytest.mark.parametrize("kind", [EMA, Failing])
-def test_when_training_dies_its_error_is_told_and_no_thread_is_left(kind: type[EMA]) -> None:
-    def train() -> None:
-        with kind(parameters().items(), DECAY) as average:
-            average.update()
-            raise KeyError("training died")
+def die_within(average: EMA) -> None:
+    with average:
+        raise KeyError("training died")
 
+
+def test_when_training_dies_its_error_is_told_without_waiting_for_the_thread() -> None:
+    average = Held(parameters())
+    average.update()
     with pytest.raises(KeyError, match="training died"):
-        train()
+        die_within(average)
+    assert threads(), "the thread is still held"
+    average.let.set()
+    with pytest.raises(RuntimeError, match="closed"):
+        average.update()
     assert threads() == []
+
+
+def test_when_both_die_training_s_error_is_told_and_the_other_one_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    average = Failing(parameters().items(), DECAY)
+    average.update()
+    with pytest.raises(RuntimeError, match="no room"):
+        average.wait()
+    with pytest.raises(KeyError, match="training died"):
+        die_within(average)
+    assert "the moving average failed as well" in caplog.text
+    assert "MemoryError: no room" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

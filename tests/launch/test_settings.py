@@ -19,7 +19,13 @@ from counterflow.launch.config import (
     rows,
     with_absolute_paths,
 )
-from counterflow.launch.fp8_config import GradientFormat, ProductBackend, Scales
+from counterflow.launch.fp8_config import (
+    FP8Config,
+    GradientFormat,
+    ProductBackend,
+    RecomputeConfig,
+    Scales,
+)
 from counterflow.launch.settings import ConfigError, to_toml
 from counterflow.model import ModelConfig, Yarn
 from counterflow.parallel.mesh import MeshShape
@@ -153,6 +159,10 @@ def test_what_fp8_implies_follows_unless_it_is_given() -> None:
     given = [("dispatch.payload", "bf16"), ("train.moments", "float32")]
     both = load(None, [("fp8.enabled", "true"), *given])
     assert (both.payload, both.moments) == ("bf16", "float32")
+    # E4M3 on the way would round once more what E5M2 is to round.
+    hybrid = load(None, [("fp8.enabled", "true"), ("fp8.gradient_format", "e5m2")])
+    assert hybrid.payload == "bf16"
+    assert load(None, [("fp8.gradient_format", "e5m2")]).payload == "exact"
     refused = refusal(("fp8.enabled", "true"), ("train.betas", "0.9,0.999"))
     assert "train.moments (auto, with fp8.enabled) and train.betas: bfloat16 moments" in refused
     load(None, [("fp8.enabled", "true"), ("train.betas", "0.9,0.999"), given[1]])
@@ -167,6 +177,29 @@ def test_fp8_and_recompute_are_written_and_read_as_they_were_given(tmp_path: Pat
     assert load(written(tmp_path, text)) == config
     assert 'payload = "auto"' in text  # what was decided is in result.json
     assert (config.recompute.norms, config.recompute.up_projections) == (False, None)
+
+
+@pytest.mark.parametrize("name", ["enabled", "e5m6", "check"])
+def test_a_text_is_no_truth_value_of_fp8(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^fp8\.{name} must be True or False, got 'no'$"):
+        FP8Config(**{name: "no"})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ["norms", "up_projections"])
+def test_a_text_is_no_truth_value_of_recompute(name: str) -> None:
+    message = rf"^recompute\.{name} must be True, False or None, got 'none'$"
+    with pytest.raises(ValueError, match=message):
+        RecomputeConfig(**{name: "none"})  # pyright: ignore[reportArgumentType]
+    assert RecomputeConfig(**{name: None}) == RecomputeConfig()
+
+
+@pytest.mark.parametrize("payload", ["logfmt8", "logfmt10"])
+def test_deep_ep_carries_no_logfmt(payload: str) -> None:
+    given = ("dispatch.payload", payload)
+    message = refusal(("dispatch.backend", "deep_ep"), given)
+    assert "dispatch.backend=deep_ep carries BF16 and FP8" in message
+    assert "or the backend to two_hop" in message
+    load(None, [("dispatch.backend", "two_hop"), given])
 
 
 def test_the_names_of_the_recipe_are_those_of_the_configuration() -> None:

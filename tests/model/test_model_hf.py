@@ -304,6 +304,26 @@ def test_float8_that_does_not_fit_is_named(
 
 
 @pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.1.mlp.gate.weight", "model.layers.3.eh_proj.weight"]
+)
+def test_float8_of_what_is_never_stored_so_is_refused(name: str, tmp_path: Path) -> None:
+    save_hf([DeepSeekV3(BLOCKS)], tmp_path, fp8=True)
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        scales = torch.ones([-(-n // 128) for n in tensors[name].shape])
+        tensors[f"{name}_scale_inv"] = scales
+
+    loaded = other(BLOCKS)
+    with pytest.raises(CheckpointError) as error:
+        load_hf(loaded, edited(tmp_path, edit))
+    assert f"{name}: F8_E4M3, but only projections are stored in FP8" in str(error.value)
+    assert equal(loaded, other(BLOCKS)), "nothing was written"
+    with pytest.raises(CheckpointError, match="only projections are stored in FP8"):
+        write_index(tmp_path, BLOCKS)
+
+
+@pytest.mark.parametrize(
     ("quantization", "message"),
     [
         ({"quant_method": "awq", "bits": 4}, "quant_method='awq'.*only the published FP8"),

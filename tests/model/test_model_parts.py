@@ -25,6 +25,7 @@ from counterflow.model import (
     partition,
     shared_parameters,
 )
+from counterflow.model.linear import rms_norm
 from counterflow.model.rope import (
     RotaryTable,
     frequencies,
@@ -33,6 +34,7 @@ from counterflow.model.rope import (
     softmax_scale,
 )
 from counterflow.model.stages import EMBEDDING
+from counterflow.parallel.accumulate import accumulate_in_float32
 from counterflow.parallel.chunk import Chunk
 from counterflow.parallel.mesh import Mesh, MeshShape
 from tests.cases_model import (
@@ -348,6 +350,22 @@ def test_rotation_depends_on_the_distance_alone() -> None:
         diagonal = products.diagonal(-distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
     assert not torch.allclose(products.diagonal(0)[0], products.diagonal(-3)[0])
+
+
+def test_a_norms_weight_gets_a_float32_gradient_that_was_not_rounded() -> None:
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found: list[Tensor] = []
+    for in_float32 in (False, True):
+        weight = torch.ones(16, dtype=torch.bfloat16).requires_grad_()
+        if in_float32:
+            accumulate_in_float32([weight])
+        rms_norm(x, weight, 1e-6).sum().backward()
+        assert weight.grad is not None
+        found.append(weight.grad)
+    rounded, exact = found
+    assert exact.dtype == torch.float32
+    assert torch.equal(exact.bfloat16(), rounded)
+    assert not torch.equal(exact, rounded.float())
 
 
 def test_attention_without_experts_is_softmax_attention() -> None:
