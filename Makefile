@@ -44,12 +44,12 @@ check: $(STAMP)
 test: check
 	$(BIN)/python -m pytest
 
+# bench.fp8_training takes an hour on two cores and is run by itself.
 bench: $(STAMP)
 	$(BIN)/python -m bench.pipeline
 	$(BIN)/python -m bench.simulate
 	$(BIN)/python -m bench.dispatch
 	$(BIN)/python -m bench.activation_memory
-	$(BIN)/python -m bench.fp8_training
 
 # A GPU machine brings its own torch, matched to its driver, and may have no network.
 gpu:

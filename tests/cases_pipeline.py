@@ -456,6 +456,8 @@ def dies_midway(rank: int, world: int, schedule: str, victim: int, limit_s: floa
         timeout_s=limit_s,
     )
     batch = torch.ones(plan.num_microbatches, 4)
+    # The victim could be gone while others still connect to each other, which is not yet a step.
+    dist.barrier()
     pipeline.step(batch, batch)
 
 
