@@ -279,7 +279,31 @@ def check_weights(weights: Sequence[Tensor], call: Call) -> None:
             )
 
 
-class Linear(nn.Module):
+class _Layer(nn.Module):
+    """A weight with its FP8 form; see `Linear`."""
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        recipe: Recipe | None,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        name: str,
+    ) -> None:
+        super().__init__()
+        self.recipe = recipe or Recipe()
+        self.name = name
+        self.quantized = QuantizedWeight()
+        self.weight = nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
+
+    def reset_parameters(self) -> None:
+        """Uniform within 1/sqrt(K), as of torch.nn.Linear."""
+        bound = 1 / math.sqrt(max(1, self.weight.shape[-1]))
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+
+class Linear(_Layer):
     """`torch.nn.Linear` with its three products in FP8.
 
     The weight is quantised once after each change. Changes that nobody counts go unnoticed:
@@ -310,23 +334,11 @@ class Linear(nn.Module):
         device: torch.device | str | None = None,
         name: str = "an FP8 linear",
     ) -> None:
-        super().__init__()
-        self.recipe = recipe or Recipe()
-        self.name = name
-        self.quantized = QuantizedWeight()
-        self.weight = nn.Parameter(
-            torch.empty(out_features, in_features, dtype=dtype, device=device)
-        )
+        super().__init__((out_features, in_features), recipe, dtype, device, name)
         self.bias = (
             nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         )
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Uniform within 1/sqrt(K), as of torch.nn.Linear."""
-        bound = 1 / math.sqrt(max(1, self.weight.shape[1]))
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, x: Tensor, queue: Queue | None = None) -> Tensor:
         """[..., K] -> [..., N], dtype of x (bfloat16 or float32).
@@ -346,7 +358,7 @@ class Linear(nn.Module):
         return f"{size} -> {out}, bias={self.bias is not None}, {self.recipe}"
 
 
-class GroupedLinear(nn.Module):
+class GroupedLinear(_Layer):
     """A linear layer for each group of consecutive rows, such as an expert's, in FP8.
 
     Its weight is quantised as `Linear`'s, and forgotten as that.
@@ -370,19 +382,8 @@ class GroupedLinear(nn.Module):
         device: torch.device | str | None = None,
         name: str = "an FP8 grouped linear",
     ) -> None:
-        super().__init__()
-        self.recipe = recipe or Recipe()
-        self.name = name
-        self.quantized = QuantizedWeight()
-        self.weight = nn.Parameter(
-            torch.empty(groups, out_features, in_features, dtype=dtype, device=device)
-        )
+        super().__init__((groups, out_features, in_features), recipe, dtype, device, name)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Uniform within 1/sqrt(K), as of torch.nn.Linear."""
-        bound = 1 / math.sqrt(max(1, self.weight.shape[2]))
-        nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, rows_MK: Tensor, counts: Sequence[int], queue: Queue | None = None) -> Tensor:
         """[M, K] -> [M, N]; `counts` has each group's rows in order, zeros allowed.

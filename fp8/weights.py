@@ -129,18 +129,29 @@ class QuantizedWeight:
         return q.nbytes() + (turned.nbytes() if turned.values.is_cuda else 0)
 
 
-def forget(module: nn.Module) -> None:
-    """Quantise all weights of `module` and of the modules in it anew at their next use.
+def quantized_weights(module: nn.Module) -> list[QuantizedWeight]:
+    """The FP8 forms that `module` and the modules in it hold, each once.
 
-    For changes that go unnoticed, such as a broadcast of the weights: see `QuantizedWeight`. Found
-    are the FP8 forms that modules hold as attributes, themselves or in a `linear.Call`.
+    Found are those that are attributes, themselves or in a `linear.Call`. One that is empty belongs
+    to a layer that is multiplied side by side with another.
     """
+    found: dict[int, QuantizedWeight] = {}
     for part in module.modules():
         for value in vars(part).values():
             # Of a Call, whose module imports this one.
             held = getattr(value, "quantized", value)
             if isinstance(held, QuantizedWeight):
-                held.forget()
+                found[id(held)] = held
+    return list(found.values())
+
+
+def forget(module: nn.Module) -> None:
+    """Quantise all weights of `module` and of the modules in it anew at their next use.
+
+    For changes that go unnoticed, such as a broadcast of the weights: see `QuantizedWeight`.
+    """
+    for quantized in quantized_weights(module):
+        quantized.forget()
 
 
 @cache

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..comm.collectives import gather
 from ..fp8 import E4M3, Quantized, Recipe
-from ..fp8.formats import tiles_in
-from ..fp8.linear import Call
+from ..fp8.formats import padded_rows, tiles_in
 from ..fp8.products import AUTO, Product, backend, choose
-from ..fp8.products.base import Kind, padded_rows
-from ..fp8.weights import QuantizedWeight
+from ..fp8.products.base import Kind
+from ..fp8.weights import quantized_weights
 from ..model import DeepSeekV3
 from ..model.attention import Attention
 from ..model.build import Recompute
@@ -101,25 +100,13 @@ def backends(config: Config, device: torch.device) -> tuple[dict[str, list[str]]
     return {kind: list(names[kind]) for kind in sorted(names)}, "; ".join(reasons)
 
 
-def quantized_weights(parts: Iterable[nn.Module]) -> list[QuantizedWeight]:
-    """The FP8 forms of all weights; empty ones where layers are multiplied side by side."""
-    calls = (
-        value
-        for part in parts
-        for module in part.modules()
-        for value in vars(module).values()
-        if isinstance(value, Call)
-    )
-    return list({id(call.quantized): call.quantized for call in calls}.values())
-
-
 def totals(config: Config, engine: Engine, device: torch.device) -> dict[str, Any]:
     """What ran in FP8 and by whom, and what all ranks keep for it. A collective of the world."""
     wanted = config.fp8
     if not wanted.enabled:
         return {"enabled": False}
     names, why = backends(config, device)
-    mine = sum(weight.nbytes() for weight in quantized_weights(engine.parts.values()))
+    mine = sum(w.nbytes() for part in engine.parts.values() for w in quantized_weights(part))
     world = dist.group.WORLD if dist.is_initialized() else None
     with engine.pipeline.at("adding up the weights in FP8"):
         kept = gather(mine, world, "bytes in FP8", board=engine.mesh.waits)

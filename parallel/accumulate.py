@@ -8,8 +8,8 @@ Sums over ranks and norms then run in float32 as well.
 
 Products of bfloat16 operands for such a gradient are not rounded to bfloat16 on the way: cuBLAS
 writes and adds float32, and on the CPU the operands are raised first, which is exact. What reaches
-a gradient through autograd (norms, embeddings, biases, products outside of queues) is rounded to
-the parameter's dtype once a micro-batch by autograd's own kernels before it is added.
+a gradient through autograd's own kernels (embeddings, biases, norms on a GPU, products outside of
+queues) is rounded to the parameter's dtype once a micro-batch before it is added.
 """
 
 from __future__ import annotations

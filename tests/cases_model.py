@@ -36,6 +36,16 @@ SMALL = ModelConfig(
     num_nextn_predict_layers=0,
     aux_loss_alpha=0.01,
 )
+# A dense layer, one with experts and one of multi-token prediction, as few as tell them apart.
+MTP = replace(
+    SMALL,
+    num_hidden_layers=2,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=2,
+    num_nextn_predict_layers=1,
+)
+UNCOMPRESSED = replace(MTP, q_lora_rank=None, num_nextn_predict_layers=0)
 YARN = Yarn(factor=4.0, original_max_position_embeddings=64, mscale=1.0, mscale_all_dim=1.0)
 V2 = replace(
     SMALL,

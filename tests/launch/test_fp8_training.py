@@ -21,9 +21,9 @@ from torch import Tensor
 
 from counterflow.comm.dispatch.names import PayloadName
 from counterflow.fp8 import NonFiniteError
+from counterflow.fp8.weights import quantized_weights
 from counterflow.launch import report
 from counterflow.launch.config import load
-from counterflow.launch.fp8 import quantized_weights
 from counterflow.launch.trainer import train
 from counterflow.parallel import Mesh, MeshShape
 from tests import cases_fp8 as cases
@@ -127,7 +127,7 @@ def test_weights_are_quantised_once_a_step_and_not_once_a_micro_batch() -> None:
     inputs, targets = global_batch(0, 4, 1)
 
     def times() -> set[int]:
-        found = quantized_weights(engine.parts.values())
+        found = [w for part in engine.parts.values() for w in quantized_weights(part)]
         return {weight.times_quantized for weight in found if weight.nbytes()}
 
     assert times() == set()

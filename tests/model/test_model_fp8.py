@@ -19,19 +19,9 @@ from counterflow.model import DeepSeekV3, ModelConfig
 from counterflow.model.build import Recompute
 from counterflow.parallel.chunk import Chunk
 from counterflow.parallel.mesh import Mesh, MeshShape
-from tests.cases_model import SMALL, batch, grads_by_name, total_loss
+from tests.cases_model import MTP, UNCOMPRESSED, batch, grads_by_name, total_loss
 from tests.fp8.linears import Counting
 
-# A dense layer, one with experts and one of multi-token prediction, as few as tell them apart.
-MTP = replace(
-    SMALL,
-    num_hidden_layers=2,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    n_group=2,
-    num_nextn_predict_layers=1,
-)
-UNCOMPRESSED = replace(MTP, q_lora_rank=None, num_nextn_predict_layers=0)
 CONFIGS = {
     "v3": MTP,
     "queries not compressed": UNCOMPRESSED,

@@ -14,17 +14,8 @@ from counterflow.fp8 import Recipe
 from counterflow.model import DeepSeekV3, ModelConfig
 from counterflow.model.build import Recompute
 from counterflow.parallel.chunk import Chunk
-from tests.cases_model import SMALL, batch, grads_by_name, total_loss
+from tests.cases_model import MTP, UNCOMPRESSED, batch, grads_by_name, total_loss
 
-MTP = replace(
-    SMALL,
-    num_hidden_layers=2,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    n_group=2,
-    num_nextn_predict_layers=1,
-)
-UNCOMPRESSED = replace(MTP, q_lora_rank=None, num_nextn_predict_layers=0)
 AGAIN = [Recompute(True, False), Recompute(False, True), Recompute(True, True)]
 # A dense layer whose values are longer than queries.
 LONG_VALUES = replace(MTP, num_hidden_layers=1, num_nextn_predict_layers=0, v_head_dim=20)
