@@ -29,6 +29,7 @@ from ..parallel.mesh import Mesh
 from ..parallel.pipeline import Pipeline
 from ..parallel.replicas import holders
 from ..parallel.schedule import Schedule
+from ..parallel.schedule.interleaving import DEFAULT_INTERLEAVING, Interleaving
 from .ema import EMA
 from .optim import Optimizer, clip_by_global_norm
 
@@ -77,6 +78,8 @@ class Engine:
         betas, eps, weight_decay: of AdamW.
         moments: dtype in which AdamW keeps its moments, float32 or bfloat16.
         ema_decay: of the parameters' moving average; None keeps none.
+        overlap: in which order phases are issued, so that communication hides behind compute; None
+            runs every stage in one piece.
         timeout_s: limit of every wait, seconds.
 
     Attributes:
@@ -103,6 +106,7 @@ class Engine:
         weight_decay: float = 0.1,
         moments: torch.dtype = torch.float32,
         ema_decay: float | None = None,
+        overlap: Interleaving | None = DEFAULT_INTERLEAVING,
         timeout_s: float = 300.0,
     ) -> None:
         self.mesh = mesh
@@ -138,6 +142,7 @@ class Engine:
             None if last is None else last.loss,
             tied=self.tied,
             loss_names=LOSS_NAMES,
+            overlap=overlap,
             timeout_s=timeout_s,
         )
         self.parameters: dict[str, Parameter] = {

@@ -17,6 +17,7 @@ from ..fp8.recipe import Recipe
 from ..parallel.chunk import Chunk, WeightGradQueue
 from ..parallel.deferred import linear
 from ..parallel.mesh import Mesh, MeshShape
+from ..parallel.phased import Layer
 from .attention import Attention
 from .build import Build, Recompute
 from .config import ModelConfig
@@ -26,6 +27,7 @@ from .layer import DecoderLayer
 from .linear import Embedding, Linear, RMSNorm
 from .moe import MoE
 from .mtp import PredictionLayer, cross_entropy, prediction_loss
+from .phases import phases_of
 from .rope import RotaryTable, Rotation
 from .stages import Part, needs_embedding
 
@@ -131,12 +133,21 @@ class DeepSeekV3(nn.Module):
         Raises:
             ValueError: x is not what this part takes.
         """
-        hidden_BLD = self.embed(self._checked_tokens(x, "x")) if self.part.embed else x
-        self._check_hidden(hidden_BLD)
+        hidden_BLD = self.enter(x)
         rotation = self.rotation(hidden_BLD.shape[1], hidden_BLD.device)
         for layer in self.decoder_layers():
             hidden_BLD = layer(hidden_BLD, rotation, chunk)
         return hidden_BLD
+
+    def enter(self, x: Tensor) -> Tensor:
+        """What the first layer takes, of what `forward` takes: [B, L, D]."""
+        hidden_BLD = self.embed(self._checked_tokens(x, "x")) if self.part.embed else x
+        self._check_hidden(hidden_BLD)
+        return hidden_BLD
+
+    def phases(self, chunk: Chunk) -> list[Layer]:
+        """What `forward` does, cut at its communication (see `parallel.phased`)."""
+        return phases_of(self, chunk)
 
     def embed(self, tokens_BL: Tensor) -> Tensor:
         """The embedding of a part that has it (else ValueError): [B, L] int64 to [B, L, D]."""

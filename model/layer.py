@@ -123,11 +123,16 @@ class DecoderLayer(nn.Module):
 
     def combine(self, attended: Attended, arrived: Dispatched | None, computed: Computed) -> Tensor:
         """Rows back to their tokens, a collective, and the residual: [B, L, D]."""
-        output_BLD = computed.local_BLD
+        routed_BLD = None
         if isinstance(self.mlp, MoE):
             assert arrived is not None
             assert computed.rows_ND is not None
             routed_BLD = self.mlp.combine(computed.rows_ND, arrived).view_as(attended.x_BLD)
-            output_BLD = routed_BLD if output_BLD is None else routed_BLD + output_BLD
-        assert output_BLD is not None
-        return attended.residual_BLD + output_BLD
+        return joined(attended.residual_BLD, routed_BLD, computed.local_BLD)
+
+
+def joined(residual_BLD: Tensor, routed_BLD: Tensor | None, local_BLD: Tensor | None) -> Tensor:
+    """A layer's output: what the routed and the local experts (or the dense MLP) add."""
+    added = [x for x in (routed_BLD, local_BLD) if x is not None]
+    output_BLD = added[0] if len(added) == 1 else added[0] + added[1]
+    return residual_BLD + output_BLD

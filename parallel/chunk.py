@@ -35,14 +35,30 @@ class WeightGradQueue:
         else:
             work()
 
+    def take(self) -> WeightGrads:
+        """The deferred work, which is no longer in the queue then."""
+        taken, self._work = self._work, deque()
+        return WeightGrads(taken)
+
     def run(self) -> None:
-        """Do the deferred work, first in first out, letting each piece's tensors go as it ends."""
-        with torch.no_grad():
-            while self._work:
-                self._work.popleft()()
+        """Do the deferred work."""
+        self.take().run()
 
     def __len__(self) -> int:
         return len(self._work)
+
+
+class WeightGrads:
+    """Weight-gradient work that was deferred."""
+
+    def __init__(self, work: deque[Callable[[], None]] | None = None) -> None:
+        self._work = work or deque()
+
+    def run(self) -> None:
+        """Do it once, first in first out, letting each piece's tensors go as it ends."""
+        with torch.no_grad():
+            while self._work:
+                self._work.popleft()()
 
 
 @dataclass

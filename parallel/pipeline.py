@@ -7,6 +7,7 @@ the transport has posted the next receives already, so bytes move while the next
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,12 +18,17 @@ from torch import Tensor, nn
 
 from ..comm.collectives import sum_over
 from ..comm.errors import CommError
+from ..comm.marks import mark
 from ..comm.messages import Message, Payload
 from ..comm.p2p import Transport
 from .channels import channel_groups
+from .live import LiveChunk
 from .mesh import Mesh
+from .overlap import Part, Plan, execute, in_turn
+from .phased import is_phased
 from .replicas import Replicas, Ties
-from .schedule import Action, Op, Schedule, actions, forward_only, verify
+from .schedule import Action, Op, Pair, Schedule, Step, actions, forward_only, verify
+from .schedule.interleaving import DEFAULT_INTERLEAVING, Interleaving
 from .stage import LossFn, StageRunner
 from .timeline import Span, Stopwatch
 from .transfers import activation, gradient, receives
@@ -93,6 +99,9 @@ class Pipeline:
         device: where stages compute and messages live; None for that of the stages' tensors.
         separate_channels: give each channel process groups of its own; None for where tensors are
             on CUDA, which needs them.
+        overlap: in which order the phases of stages that tell theirs (see `Phased`) are issued, so
+            that communication hides behind compute; None runs every stage in one piece. Numbers are
+            the same to the last bit.
 
     Every rank of the world makes its Pipeline at the same time: process groups are made, and
     replicas compared.
@@ -115,8 +124,10 @@ class Pipeline:
         lookahead: int = 2,
         device: torch.device | None = None,
         separate_channels: bool | None = None,
+        overlap: Interleaving | None = DEFAULT_INTERLEAVING,
     ) -> None:
         verify(schedule)
+        self._interleaving = overlap
         self.mesh = mesh
         self.modules = _by_stage(stages, schedule, mesh)
         self.loss_names = _distinct(("main", *loss_names))
@@ -127,8 +138,9 @@ class Pipeline:
         if self._last in self.modules and loss_fn is None:
             raise ValueError(f"this rank holds the last stage, {self._last}: loss_fn is needed")
         self._loss_fn = loss_fn
-        self._set_schedule(schedule)
         self._device = device or _device_of(self.modules.values())
+        self._cut = _cut_stages(self.modules, schedule, mesh, overlap, self._device)
+        self._set_schedule(schedule)
         if separate_channels is None:
             separate_channels = self._device.type == "cuda"
         groups = channel_groups(
@@ -165,10 +177,52 @@ class Pipeline:
         self._forward_only = forward_only(schedule)
         peers = self.mesh.shape.pp_peers(self.mesh.rank)
         self._incoming = {
-            plan.name: {peers[r]: ms for r, ms in receives(plan, self.mesh.pp_rank).items()}
+            plan.name: {
+                peers[r]: ms for r, ms in receives(plan, self.mesh.pp_rank, self._ended).items()
+            }
             for plan in (schedule, self._forward_only)
         }
-        self._runners = _runners(self.modules, schedule, self.mesh.pp_rank, self._loss_fn)
+        self._runners = _runners(
+            self.modules, schedule, self.mesh.pp_rank, self._loss_fn, self._cut
+        )
+        self._plans: dict[tuple[int | None, int | None, bool], Plan] = {}
+        for step in (
+            *schedule.rows[self.mesh.pp_rank],
+            *self._forward_only.rows[self.mesh.pp_rank],
+        ):
+            self._plan(step)
+
+    def _overlaps(self, pair: Pair) -> bool:
+        return all(action.stage in self._cut for action in actions(pair))
+
+    def _ended(self, step: Step) -> tuple[Action, ...]:
+        """The actions of a step of any rank, in the order in which their messages are sent."""
+        if isinstance(step, Pair) and self._overlaps(step):
+            assert self._interleaving is not None
+            if self._interleaving.backward_first:
+                return step.backward, step.forward
+        return actions(step)
+
+    def _plan(self, step: Step) -> Plan | None:
+        """How a step is executed; None for a W, and for a pair that runs as F and then B."""
+        forward, backward, weights = None, None, True
+        for stage, op, _ in actions(step):
+            if op is Op.F:
+                forward = stage
+            else:
+                backward, weights = stage, op is Op.B
+        if isinstance(step, Pair) and not self._overlaps(step):
+            for action in actions(step):
+                self._plan(action)
+            return None
+        if isinstance(step, Action) and step.op is Op.W:
+            return None
+        key = forward, backward, weights
+        if key not in self._plans:
+            outlines = [None if s is None else self._runners[s].outline() for s in key[:2]]
+            order = self._interleaving or DEFAULT_INTERLEAVING
+            self._plans[key] = Plan.of(order, *outlines, weights=weights)
+        return self._plans[key]
 
     def step(self, batch: Any = None, targets: Any = None, *, sum_replicas: bool = True) -> Tensor:
         """Forward and backward of one batch; gradients are added to the parameters' `.grad`.
@@ -243,8 +297,8 @@ class Pipeline:
             for step in schedule.rows[self.mesh.pp_rank]:
                 with self.at(f"action {step}"):
                     run.stopwatch.begin_step(step)
-                    for action in actions(step):
-                        run.act(action)
+                    with mark(str(step)):
+                        run.run(step)
                     run.stopwatch.end_step()
             with self.at("end of the schedule"):
                 self._transport.flush()
@@ -334,52 +388,93 @@ class _Run:
         self.losses = torch.zeros(len(pipeline.loss_names), num, dtype=torch.float64, device=device)
         self.stopwatch = Stopwatch(device)
 
-    def act(self, action: Action) -> None:
-        if action.op is Op.F:
-            self._forward(action.stage, action.microbatch)
-        elif action.op is Op.W:
-            self._pipeline._runners[action.stage].weight(action.microbatch)
+    def run(self, step: Step) -> None:
+        """Execute one step of the row."""
+        if isinstance(step, Pair):
+            if (plan := self._pipeline._plan(step)) is not None:
+                self._pair(plan, step)
+            else:
+                self.run(step.forward)
+                self.run(step.backward)
+        elif step.op is Op.W:
+            self._weight(step)
         else:
-            self._backward(action.stage, action.microbatch, split=action.op is Op.I)
+            plan = self._pipeline._plan(step)
+            assert plan is not None
+            if step.op is Op.F:
+                execute(plan, self._forward(step), None)
+            else:
+                execute(plan, None, self._backward(step))
 
-    def _forward(self, stage: int, microbatch: int) -> None:
-        pipeline = self._pipeline
-        if stage == 0:
-            inputs: Payload = self._inputs[microbatch]
+    def _pair(self, plan: Plan, pair: Pair) -> None:
+        forward, backward = self._forward(pair.forward), self._backward(pair.backward)
+        if self._pipeline._ended(pair)[0] is pair.forward:
+            in_turn(forward, backward)
         else:
-            inputs = self._take(stage - 1, activation(stage - 1, microbatch))
-        targets = self._targets[microbatch] if stage == pipeline._last else ()
+            in_turn(backward, forward)
+        execute(plan, forward, backward)
+
+    def _weight(self, action: Action) -> None:
+        runner = self._pipeline._runners[action.stage]
+        with mark(str(action)):
+            runner.live(action.microbatch).all_weights()
+        runner.end_backward(action.microbatch)
+
+    def _forward(self, action: Action) -> Part:
+        pipeline, (stage, _, microbatch) = self._pipeline, action
         runner = pipeline._runners[stage]
-        outputs, losses = runner.forward(microbatch, inputs, targets, training=self._training)
-        live = sum(r.num_live for r in pipeline._runners.values())
-        pipeline.report.peak_chunks = max(pipeline.report.peak_chunks, live)
-        for name, value in losses.items():
-            if name not in pipeline.loss_names:
-                raise ValueError(
-                    f"stage {stage} added a loss named {name!r}; the Pipeline was made with "
-                    f"loss_names={list(pipeline.loss_names[1:])}: add it there"
-                )
-            self.losses[pipeline.loss_names.index(name), microbatch] += value
-        if stage < pipeline._last:
-            self._give(stage + 1, activation(stage, microbatch), outputs)
 
-    def _backward(self, stage: int, microbatch: int, *, split: bool) -> None:
-        pipeline = self._pipeline
-        grads: Payload = ()
-        if stage < pipeline._last:
-            grads = self._take(stage + 1, gradient(stage, microbatch))
-        input_grads = pipeline._runners[stage].backward(
-            microbatch, grads, loss_scale=self._loss_scale, split=split
-        )
-        if stage > 0:
-            self._give(stage - 1, gradient(stage - 1, microbatch), input_grads)
+        def begin() -> LiveChunk:
+            if stage == 0:
+                inputs: Payload = self._inputs[microbatch]
+            else:
+                inputs = self._take(stage - 1, activation(stage - 1, microbatch))
+            targets = self._targets[microbatch] if stage == pipeline._last else ()
+            live = runner.begin(microbatch, inputs, targets, training=self._training)
+            num_live = sum(r.num_live for r in pipeline._runners.values())
+            pipeline.report.peak_chunks = max(pipeline.report.peak_chunks, num_live)
+            return live
+
+        def end(live: LiveChunk) -> None:
+            outputs, losses = runner.outcome(live)
+            for name, value in losses.items():
+                if name not in pipeline.loss_names:
+                    raise ValueError(
+                        f"stage {stage} added a loss named {name!r}; the Pipeline was made with "
+                        f"loss_names={list(pipeline.loss_names[1:])}: add it there"
+                    )
+                self.losses[pipeline.loss_names.index(name), microbatch] += value
+            if stage < pipeline._last:
+                self._give(stage + 1, activation(stage, microbatch), outputs)
+
+        return Part(begin, end, runner.computing)
+
+    def _backward(self, action: Action) -> Part:
+        pipeline, (stage, op, microbatch) = self._pipeline, action
+        runner = pipeline._runners[stage]
+
+        def begin() -> LiveChunk:
+            live = runner.live(microbatch)
+            if stage < pipeline._last:
+                live.seed(self._take(stage + 1, gradient(stage, microbatch)))
+            return live
+
+        def end(live: LiveChunk) -> None:
+            input_grads = live.input_grads()
+            if op is Op.B:
+                runner.end_backward(microbatch)
+            if stage > 0:
+                self._give(stage - 1, gradient(stage - 1, microbatch), input_grads)
+
+        return Part(begin, end, loss_scale=self._loss_scale)
 
     def _take(self, from_stage: int, message: Message) -> Payload:
         source = self._placement.rank(from_stage, message.microbatch)
         if source == self._rank:
             return self._pipeline._arrived_locally.pop(message)
         self.stopwatch.begin_wait()
-        payload = self._pipeline._transport.receive(self._peers[source], message)
+        with mark(f"wait {message}"):
+            payload = self._pipeline._transport.receive(self._peers[source], message)
         self.stopwatch.end_wait()
         return payload
 
@@ -415,7 +510,11 @@ def _by_stage(
 
 
 def _runners(
-    modules: Mapping[int, nn.Module], schedule: Schedule, pp_rank: int, loss_fn: LossFn | None
+    modules: Mapping[int, nn.Module],
+    schedule: Schedule,
+    pp_rank: int,
+    loss_fn: LossFn | None,
+    cut: frozenset[int],
 ) -> dict[int, StageRunner]:
     row = [action for step in schedule.rows[pp_rank] for action in actions(step)]
     last = schedule.num_stages - 1
@@ -425,9 +524,35 @@ def _runners(
             module,
             loss_fn if stage == last else None,
             frozenset(a.microbatch for a in row if a.op is Op.I and a.stage == stage),
+            cut=stage in cut,
         )
         for stage, module in modules.items()
     }
+
+
+def _cut_stages(
+    modules: Mapping[int, nn.Module],
+    schedule: Schedule,
+    mesh: Mesh,
+    overlap: Interleaving | None,
+    device: torch.device,
+) -> frozenset[int]:
+    """The stages of the whole pipeline that run phase by phase; ranks must agree, as it tells the
+    order of their messages."""
+    # Numbers small enough that the sum of their squares is exact for any number of ranks.
+    asked = zlib.crc32(repr(overlap).encode()) & 0xFFFF
+    whole = [0] * schedule.num_stages
+    for stage, module in modules.items():
+        whole[stage] = int(overlap is None or not is_phased(module))
+    told = torch.tensor([asked, asked**2, *whole], dtype=torch.int64, device=device)
+    sum_over(told, mesh.pp_group, "which stages tell their phases", board=mesh.waits)
+    total, squares, *found = told.tolist()
+    if squares * mesh.shape.pp != total**2:
+        raise ValueError(
+            f"rank {mesh.rank}: the ranks of this pipeline were given different values of overlap; "
+            "give all of them the same"
+        )
+    return frozenset(stage for stage, count in enumerate(found) if not count)
 
 
 def _device_of(modules: Iterable[nn.Module]) -> torch.device:

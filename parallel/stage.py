@@ -1,32 +1,21 @@
-"""Runs the chunks of one stage: forward, backward or its halves; no communication here."""
+"""The chunks of one stage: how they are made, and what comes out of them; no communication."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .chunk import Chunk
 from .deferred import defer_linears
+from .live import LiveChunk
+from .overlap import Outline
+from .phased import Layer, Run, Tensors, Wiring, inputs_read, is_phased, whole, with_last
 
-Tensors = tuple[Tensor | None, ...]
 LossFn = Callable[..., Tensor]
-
-
-@dataclass
-class _Live:
-    """What a chunk keeps between its forward and the end of its backward."""
-
-    chunk: Chunk
-    inputs: Tensors
-    outputs: tuple[GradientEdge | None, ...]
-    losses: list[Tensor]
 
 
 class StageRunner:
@@ -39,115 +28,134 @@ class StageRunner:
         loss_fn: of the last stage, `loss_fn(*outputs, *targets)` (with `chunk=` likewise) -> 0-dim
             tensor; None elsewhere.
         split: micro-batches whose backward is split into I and W.
+        cut: run a module that tells its phases (see `Phased`) phase by phase.
+
+    Attributes:
+        cut: the stage is run phase by phase.
     """
 
     def __init__(
-        self, stage: int, module: nn.Module, loss_fn: LossFn | None, split: frozenset[int]
+        self,
+        stage: int,
+        module: nn.Module,
+        loss_fn: LossFn | None,
+        split: frozenset[int],
+        *,
+        cut: bool = False,
     ) -> None:
         self.stage = stage
         self.module = module
         self.loss_fn = loss_fn
+        self.cut = cut and is_phased(module)
         self._split = split
         self._takes_chunk = _takes_chunk(module.forward)
         self._loss_takes_chunk = loss_fn is not None and _takes_chunk(loss_fn)
-        self._live: dict[int, _Live] = {}
+        self._live: dict[int, LiveChunk] = {}
 
     @property
     def num_live(self) -> int:
         """Chunks whose forward has begun and whose backward (B, or I and W) has not ended."""
         return len(self._live)
 
-    def forward(
+    def outline(self) -> Outline:
+        """The phases of this stage's chunks and their wiring.
+
+        Raises:
+            ValueError: the module tells phases that do not fit together.
+        """
+        layers = self._layers(Chunk(self.stage), 1)
+        return layers, Wiring.of(layers, inputs_read(layers), self._name)
+
+    def begin(
         self, microbatch: int, inputs: Tensors, targets: Tensors | None, *, training: bool
-    ) -> tuple[Tensors, Mapping[str, Tensor]]:
-        """Run F.
+    ) -> LiveChunk:
+        """A new chunk, none of whose phases has run.
 
         Args:
-            inputs: the stage's inputs; those that require grad are leaves.
+            inputs: the stage's inputs; those that require grad get a gradient.
             targets: the loss's targets on the last stage, else None.
             training: keep what the backward needs.
+        """
+        chunk = Chunk(self.stage, microbatch, training)
+        layers = with_last(
+            self._layers(chunk, len(inputs)), lambda run: self._ending(run, chunk, targets)
+        )
+        live = LiveChunk(chunk, layers, Wiring.of(layers, len(inputs), self._name), inputs)
+        if training:
+            self._live[microbatch] = live
+        return live
+
+    def computing(self, live: LiveChunk) -> AbstractContextManager[object]:
+        """In which a chunk's forward phases compute."""
+        chunk = live.chunk
+        defer = chunk.training and chunk.microbatch in self._split and not self._takes_chunk
+        return defer_linears(chunk.weight_grads) if defer and not self.cut else nullcontext()
+
+    def outcome(self, live: LiveChunk) -> tuple[tuple[Tensor, ...], Mapping[str, Tensor]]:
+        """What a chunk's forward gave.
 
         Returns:
             The outputs, detached, with `requires_grad` telling which want a gradient (empty on the
             last stage), and the losses by name, detached ("main" is loss_fn's).
 
         Raises:
-            ValueError: an output is no tensor, or a view of part of one.
+            ValueError: the stage added a loss called "main".
         """
-        chunk = Chunk(self.stage, microbatch, training)
-        live = _Live(chunk, inputs, (), [])
-        if training:
-            self._live[microbatch] = live
-        defer = training and microbatch in self._split and not self._takes_chunk
-        with torch.set_grad_enabled(training):
-            with defer_linears(chunk.weight_grads) if defer else nullcontext():
-                extra: dict[str, Any] = {"chunk": chunk} if self._takes_chunk else {}
-                outputs = self._checked(self.module(*inputs, **extra))
-                losses: dict[str, Tensor] = {}
-                if self.loss_fn is not None:
-                    extra = {"chunk": chunk} if self._loss_takes_chunk else {}
-                    loss = self.loss_fn(*outputs, *(targets or ()), **extra)
-                    losses["main"] = self._checked_loss(loss)
-                    outputs = ()
-            for name, loss in chunk.losses:
-                if name == "main":
-                    raise ValueError(
-                        'add_loss("main", ...): that name is loss_fn\'s; choose another'
-                    )
-                losses[name] = losses[name] + loss if name in losses else loss
-        if not training:
-            return outputs, losses
-        live.outputs = tuple(get_gradient_edge(o) if o.requires_grad else None for o in outputs)
-        live.losses = [loss for loss in losses.values() if loss.requires_grad]
-        chunk.losses.clear()
-        detached = tuple(o.detach().requires_grad_(o.requires_grad) for o in outputs)
-        return detached, {name: loss.detach() for name, loss in losses.items()}
+        added = live.chunk.losses
+        if sum(name == "main" for name, _ in added) > (self.loss_fn is not None):
+            raise ValueError('add_loss("main", ...): that name is loss_fn\'s; choose another')
+        losses: dict[str, Tensor] = {}
+        for name, loss in added:
+            loss = loss.detach()
+            losses[name] = losses[name] + loss if name in losses else loss
+        outputs, live.results = live.results, ()
+        added.clear()
+        return outputs, losses
 
-    def backward(
-        self, microbatch: int, grads: Tensors, *, loss_scale: float, split: bool
-    ) -> Tensors:
-        """Run B, or I if `split`.
+    def live(self, microbatch: int) -> LiveChunk:
+        """The chunk that this micro-batch's forward made."""
+        return self._live[microbatch]
 
-        Args:
-            grads: gradient of each output; None where there is none.
-            loss_scale: weight of this chunk's losses in the step's loss.
-
-        Returns:
-            The gradient of each input; None where there is none.
-        """
-        live = self._live[microbatch]
-        roots: list[Tensor | GradientEdge] = []
-        seeds: list[Tensor | None] = []
-        for edge, grad in zip(live.outputs, grads, strict=False):
-            if edge is not None and grad is not None:
-                roots.append(edge)
-                seeds.append(grad)
-        for loss in live.losses:
-            roots.append(loss)
-            seeds.append(torch.full_like(loss, loss_scale))
-        queue = live.chunk.weight_grads
-        live.outputs, live.losses = (), []
-        if roots:
-            queue.deferring = split
-            torch.autograd.backward(roots, seeds)  # pyright: ignore[reportArgumentType]
-            queue.deferring = False
-        inputs, live.inputs = live.inputs, ()
-        if not split:
-            del self._live[microbatch]
-        return tuple(None if x is None else x.grad for x in inputs)
-
-    def weight(self, microbatch: int) -> None:
-        """Run W: the deferred weight gradients of an earlier I."""
-        self._live.pop(microbatch).chunk.weight_grads.run()
+    def end_backward(self, microbatch: int) -> None:
+        """Forget a chunk whose backward (B, or I and W) has ended."""
+        del self._live[microbatch]
 
     def discard(self) -> None:
         """Forget all live chunks (after a step that failed)."""
         self._live.clear()
 
-    def _checked(self, outputs: object) -> tuple[Tensor, ...]:
-        several = outputs if isinstance(outputs, tuple) else (outputs,)
-        for i, output in enumerate(several):
-            where = f"output {i} of stage {self.stage} ({type(self.module).__name__})"
+    @property
+    def _name(self) -> str:
+        return f"stage {self.stage} ({type(self.module).__name__})"
+
+    def _layers(self, chunk: Chunk, num_inputs: int) -> Sequence[Layer]:
+        if self.cut:
+            return self.module.phases(chunk)  # pyright: ignore[reportCallIssue]
+
+        def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+            extra: dict[str, Any] = {"chunk": chunk} if self._takes_chunk else {}
+            outputs = self.module(*inputs, **extra)
+            return outputs if isinstance(outputs, tuple) else (outputs,)
+
+        return whole(run, num_inputs)
+
+    def _ending(self, run: Run, chunk: Chunk, targets: Tensors | None) -> Run:
+        """What the last phase runs: it checks what comes out and, on the last stage, has a loss."""
+
+        def checked(*inputs: Tensor) -> tuple[Tensor, ...]:
+            outputs = self._checked(run(*inputs))
+            if self.loss_fn is None:
+                return outputs
+            extra: dict[str, Any] = {"chunk": chunk} if self._loss_takes_chunk else {}
+            loss = self.loss_fn(*outputs, *(targets or ()), **extra)
+            chunk.losses.append(("main", self._checked_loss(loss)))
+            return ()
+
+        return checked
+
+    def _checked(self, outputs: tuple[object, ...]) -> tuple[Tensor, ...]:
+        for i, output in enumerate(outputs):
+            where = f"output {i} of {self._name}"
             if not isinstance(output, Tensor):
                 raise ValueError(
                     f"{where} is a {type(output).__name__}; a stage returns a tensor or a tuple of "
@@ -161,7 +169,7 @@ class StageRunner:
                     f"{list(output._base.shape)}, and would keep that alive while it is under way; "
                     "return output.clone()"
                 )
-        return several  # pyright: ignore[reportReturnType]
+        return outputs  # pyright: ignore[reportReturnType]
 
     def _checked_loss(self, loss: object) -> Tensor:
         if not isinstance(loss, Tensor) or loss.dim() != 0:

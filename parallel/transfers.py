@@ -5,8 +5,13 @@ Which there are, and in which order, is worked out in `schedule.messages`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
 from ..comm.messages import Message
-from .schedule import Action, Op, Schedule, messages
+from .schedule import Action, Op, Schedule, Step, actions, messages
+
+Ended: TypeAlias = Callable[[Step], Sequence[Action]]
 
 
 def activation(stage: int, microbatch: int) -> Message:
@@ -19,17 +24,23 @@ def gradient(stage: int, microbatch: int) -> Message:
     return _made_by(Action(stage + 1, Op.B, microbatch))
 
 
-def sends(schedule: Schedule, rank: int) -> list[tuple[int, Message]]:
-    """(destination rank, message) of everything that `rank` sends, in the order of its row."""
-    return [(sent.destination, _made_by(sent.action)) for sent in messages.sends(schedule, rank)]
+def sends(schedule: Schedule, rank: int, ended: Ended = actions) -> list[tuple[int, Message]]:
+    """(destination rank, message) of everything that `rank` sends, in the order of its row.
+
+    `ended` is as of `schedule.messages.sends`.
+    """
+    sent = messages.sends(schedule, rank, ended)
+    return [(message.destination, _made_by(message.action)) for message in sent]
 
 
-def receives(schedule: Schedule, rank: int) -> dict[int, list[Message]]:
+def receives(schedule: Schedule, rank: int, ended: Ended = actions) -> dict[int, list[Message]]:
     """What comes to `rank` from each source rank, in the order of its sending."""
     result: dict[int, list[Message]] = {}
     for source in range(schedule.num_ranks):
         coming = [
-            message for destination, message in sends(schedule, source) if destination == rank
+            message
+            for destination, message in sends(schedule, source, ended)
+            if destination == rank
         ]
         if coming:
             result[source] = coming

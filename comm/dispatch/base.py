@@ -181,7 +181,7 @@ class Dispatcher(ABC, Generic[H]):
         from .autograd import dispatch
 
         if handle is None:
-            handle = self._preprocess(x_TD, experts_TK, weights_TK)
+            handle = self.start_checked_preprocess(x_TD, experts_TK, weights_TK).finish()
         else:
             self._check_reused(handle, x_TD, experts_TK)
         rows_ND, weights_N, tiles = dispatch(self, handle, x_TD, weights_TK)
@@ -204,8 +204,10 @@ class Dispatcher(ABC, Generic[H]):
                 "experts_TK that it was made for"
             )
 
-    def _preprocess(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> H:
-        """Preprocess what has been checked; if something is wrong, let all ranks know first."""
+    def start_checked_preprocess(
+        self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
+    ) -> Pending[H]:
+        """`start_preprocess` of what `dispatch` takes; if it is wrong, all ranks learn of it."""
         try:
             self._check_experts(experts_TK)
             _check_device(x_TD, experts_TK)
@@ -218,9 +220,12 @@ class Dispatcher(ABC, Generic[H]):
             with suppress(ValueError):
                 self.start_preprocess(nothing, Declared(refused=1)).finish()
             raise
-        handle = self.start_preprocess(experts_TK, Declared.of(x_TD, weights_TK)).finish()
-        handle.experts_TK = experts_TK
-        return handle
+
+        def noted(handle: H) -> H:
+            handle.experts_TK = experts_TK
+            return handle
+
+        return self.start_preprocess(experts_TK, Declared.of(x_TD, weights_TK)).then(noted)
 
     def combine(self, rows_ND: Tensor, handle: H) -> Tensor:
         """Send each row back to its token and sum a token's K rows, in a fixed order.
@@ -316,6 +321,10 @@ class Dispatcher(ABC, Generic[H]):
         self, rows_ND: Tensor | None, weights_N: Tensor | None, handle: H, operation: str
     ) -> Pending[tuple[Tensor | None, Tensor | None]]:
         """Start sending rows back: Pending (y_TD or None, weights_TK or None), y summed."""
+
+    def on_lane(self, move: Callable[[], R], device: torch.device, operation: str) -> Pending[R]:
+        """Run `move`, which may use this dispatcher, in its turn among all moves."""
+        return self._start(move, device, operation)
 
     def _start(
         self, move: Callable[[], R], device: torch.device, operation: str, *, for_host: bool = False

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from ...parallel.mesh import Mesh
 from ..errors import CommError
+from ..marks import current_name, mark
 from ..waiting import WaitBoard, name_ranks
 from .buffers import Buffers
 from .exchange import Pending
 
 T = TypeVar("T")
-Job = tuple[Callable[[], Any], str, "Future[Any]"]
+Job = tuple[Callable[[], Any], str, str, "Future[Any]"]  # move, operation, name in profiles
 
 _LAST_MOMENTS_S = 2.0  # for moves that are still under way when the interpreter ends
 
@@ -51,6 +52,7 @@ class Lane:
         self._others = tuple(others)
         self._board = board
         self._jobs: queue.SimpleQueue[Job | None] | None = None
+        self._thread: threading.Thread | None = None
         self._stream: torch.cuda.Stream | None = None
 
     def start(
@@ -64,7 +66,8 @@ class Lane:
     ) -> Pending[T]:
         """Start `move`, without autograd; moves run in the order of their starts.
 
-        What a move reads must not change until `finish`.
+        What a move reads must not change until `finish`. A move may itself start others, which run
+        at once.
 
         Args:
             move: communicates and reorders tensors on `device`; returns tensors of its own, or
@@ -77,12 +80,12 @@ class Lane:
         Raises:
             CommError: from `finish`; what the move raised, or the limit expired.
         """
-        if not self._others:
+        if not self._others or threading.current_thread() is self._thread:
             return self._run_here(move, device, for_host)
         if device.type == "cuda":
             return self._start_on_stream(move, device, operation, timeout_s if for_host else None)
         future: Future[T] = Future()
-        self._thread_jobs().put((move, operation, future))
+        self._thread_jobs().put((move, operation, current_name() or operation, future))
 
         def finish() -> T:
             with self._board.waiting(operation, self._others):
@@ -93,7 +96,7 @@ class Lane:
     def _thread_jobs(self) -> queue.SimpleQueue[Job | None]:
         if self._jobs is None:
             self._jobs = queue.SimpleQueue()
-            thread = threading.Thread(
+            self._thread = thread = threading.Thread(
                 target=_work,
                 args=(self._jobs, self._rank),
                 name=f"dispatch-{self._rank}",
@@ -189,11 +192,11 @@ def _work(jobs: queue.SimpleQueue[Job | None], rank: int) -> None:
     """Do the jobs that come. After one has failed no other is begun: ranks may be out of step."""
     failure: CommError | None = None
     while (job := jobs.get()) is not None:
-        move, operation, future = job
+        move, operation, name, future = job
         try:
             if failure is not None:
                 raise failure.with_traceback(None)
-            with _outside_autograd():
+            with _outside_autograd(), mark(name):
                 result = move()
         except BaseException as error:
             future.set_exception(error)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from .actions import Action, Op, actions
+from .actions import Action, Op, Step, actions
 from .schedule import Schedule
 
 
@@ -51,15 +52,23 @@ def takers(action: Action, num_stages: int) -> tuple[Action, ...]:
     return tuple(Action(stage, op, action.microbatch) for op in ops)
 
 
-def sends(schedule: Schedule, rank: int) -> list[Message]:
+def sends(
+    schedule: Schedule, rank: int, ended: Callable[[Step], Sequence[Action]] = actions
+) -> list[Message]:
     """Everything that `rank` sends, in the order of its row.
 
-    Stages that are neighbours on one rank need no message. Within a pair the forward's comes first.
+    Stages that are neighbours on one rank need no message.
+
+    Args:
+        schedule: of all ranks.
+        rank: pipeline rank.
+        ended: the actions of a step in the order in which their messages are sent; of a pair the
+            forward's comes first by default.
     """
     placement, stages = schedule.placement, schedule.num_stages
     found: list[Message] = []
     for step in schedule.rows[rank]:
-        for action in actions(step):
+        for action in ended(step):
             stage = taker(action, stages)
             if stage is not None:
                 destination = placement.rank(stage, action.microbatch)

@@ -197,7 +197,7 @@ def test_an_unknown_auxiliary_loss_is_named(ranks: RankPool) -> None:
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("view", "is a view of a tensor of another size, [2, 4]"),
+        ("view", "is a view of a tensor of another size, [1, 4]"),
         ("dict", "output 0 of stage 0 (Bad) is a dict"),
         ("list inside", "output 1 of stage 0 (Bad) is a list"),
     ],

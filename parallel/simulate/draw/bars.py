@@ -58,17 +58,26 @@ def bars(result: Result) -> Iterator[Bar]:
 
 
 def _phase_bars(result: Result, rank: int, phases: Phases) -> Iterator[Bar]:
-    layers = phases.layers_of(result.stages)
-    made: dict[tuple[str, int, int], tuple[PhaseSpan, ...]] = {}
+    rows = tuple(zip(result.spans[rank], row_phases(result, rank, phases), strict=True))
     for lane in (COMPUTE, COMMUNICATION):
-        for step, start, _ in result.spans[rank]:
-            key = shape_of(step, layers)
-            if key not in made:
-                made[key] = phase_spans(phases, *key)
-            for phase in made[key]:
+        for (step, _, _), spans in rows:
+            for phase in spans:
                 if phase.lane == lane and phase.end > phase.start:
                     name = f"{phase.name} layer {phase.layer} of {step}"
-                    yield Bar(rank, lane, name, phase.name, start + phase.start, start + phase.end)
+                    yield Bar(rank, lane, name, phase.name, phase.start, phase.end)
+
+
+def row_phases(result: Result, rank: int, phases: Phases) -> Iterator[tuple[PhaseSpan, ...]]:
+    """For each step of a rank's row its phases, with times that count as the step's do."""
+    layers = phases.layers_of(result.stages)
+    made: dict[tuple[str, int, int], tuple[PhaseSpan, ...]] = {}
+    for step, start, _ in result.spans[rank]:
+        key = shape_of(step, layers)
+        if key not in made:
+            made[key] = phase_spans(phases, *key)
+        yield tuple(
+            phase._replace(start=start + phase.start, end=start + phase.end) for phase in made[key]
+        )
 
 
 def phase_spans(phases: Phases, kind: str, forward: int, backward: int) -> tuple[PhaseSpan, ...]:

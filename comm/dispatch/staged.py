@@ -1,0 +1,60 @@
+"""Dispatch in two steps, without autograd, for whoever overlaps it with other work.
+
+How much comes from where is known only when all ranks have told each other. On the CPU the lane's
+thread does it all, counts and rows, while the caller computes. On a GPU the host has to wait for
+the counts, so they are exchanged as early as can be, and the wait comes when the rows are to be
+sent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .base import Arrived, Dispatched, Dispatcher, Handle
+from .exchange import Pending
+
+
+@dataclass
+class StagedDispatch:
+    """A dispatch that has been prepared.
+
+    Args and errors: of `Dispatcher.dispatch`; errors come from `start` or from its `finish`.
+    """
+
+    dispatcher: Dispatcher[Any]
+    x_TD: Tensor
+    experts_TK: Tensor
+    weights_TK: Tensor
+
+    def __post_init__(self) -> None:
+        self._counts: Pending[Handle] | None = None
+        if waits_on_host(self.x_TD):
+            given = self.x_TD, self.experts_TK, self.weights_TK
+            self._counts = self.dispatcher.start_checked_preprocess(*given)
+
+    def start(self) -> Pending[Dispatched]:
+        """Start sending rows; on a GPU, wait on the host for the counts first."""
+        if self._counts is not None:
+            handle = self._counts.finish()
+            pending = self.dispatcher.start_dispatch(self.x_TD, self.weights_TK, handle)
+            return pending.then(lambda arrived: _dispatched(arrived, handle))
+        return self.dispatcher.on_lane(self._whole, self.x_TD.device, "dispatch(F)")
+
+    def _whole(self) -> Dispatched:
+        given = self.x_TD, self.experts_TK, self.weights_TK
+        handle = self.dispatcher.start_checked_preprocess(*given).finish()
+        arrived = self.dispatcher.start_dispatch(self.x_TD, self.weights_TK, handle).finish()
+        return _dispatched(arrived, handle)
+
+
+def waits_on_host(x: Tensor) -> bool:
+    """Whether a dispatch of `x` makes the host wait for the device."""
+    return x.is_cuda
+
+
+def _dispatched(arrived: Arrived, handle: Handle) -> Dispatched:
+    assert arrived.weights_N is not None
+    return Dispatched(arrived.rows_ND, arrived.weights_N, handle.counts, handle, arrived.tiles)

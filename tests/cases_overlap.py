@@ -1,0 +1,99 @@
+"""What ranks do in tests of overlap: train with and without it, and compare to the last bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from counterflow.comm import dispatcher
+from counterflow.fp8.recipe import Recipe
+from counterflow.launch.engine import Engine
+from counterflow.model.build import Recompute
+from counterflow.parallel import Mesh, MeshShape
+from counterflow.parallel.schedule import build
+from counterflow.parallel.schedule.interleaving import Interleaving
+
+from .cases_training import STEP, TINY, global_batch
+
+OTHER_ORDER = Interleaving(
+    pair=(
+        "attn(F)",
+        "combine(B)",
+        "shared(B)",
+        "dispatch(F)",
+        "mlp(B)",
+        "dispatch(B)",
+        "shared(F)",
+        "attn(B)",
+        "mlp(F)",
+        "combine(F)",
+        "attn(W)",
+        "mlp(W)",
+        "shared(W)",
+    )
+)
+
+
+def with_and_without(
+    rank: int,
+    world: int,
+    schedule: str,
+    pp: int,
+    ep: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    layers: int | None = None,
+    microbatches: int | None = None,
+    way: str = "dedup",
+    payload: str = "exact",
+    fp8: bool = False,
+    recompute: bool = False,
+    shared: int | None = None,
+    order: Interleaving | None = None,
+    steps: int = 2,
+) -> dict[str, Any]:
+    """Names of what differs between training with and without overlap; empty if nothing does."""
+    dp = world // pp
+    mesh = Mesh.create(MeshShape(pp, dp, ep), timeout_s=100)
+    plan = build(schedule, ranks=pp, microbatches=microbatches or max(2 * pp, 4))
+    config = replace(TINY, num_hidden_layers=layers or max(plan.num_stages, 4))
+    if shared is not None:
+        config = replace(config, n_shared_experts=shared)
+    ways = dispatcher(
+        way, mesh, num_experts=config.n_routed_experts, payload=payload, timeout_s=100
+    )
+    options: dict[str, Any] = {"experts": ways, "dtype": dtype, "timeout_s": 100}
+    if fp8:
+        options["recipe"] = Recipe()
+    if recompute:
+        options["recompute"] = Recompute(norms=True, up_projections=True)
+    num = plan.num_microbatches * 2
+    seen: list[dict[str, Tensor | float]] = []
+    for overlap in (None, order or Interleaving()):
+        engine = Engine(config, mesh, plan, overlap=overlap, **options)
+        found: dict[str, Tensor | float] = {}
+        for step in range(steps):
+            inputs, targets = global_batch(step, plan.num_microbatches, dp)
+            share = slice(mesh.dp_rank * num, (mesh.dp_rank + 1) * num)
+            result = engine.step(inputs[share], targets[share], **STEP)
+            found |= {f"{step} {name}": loss for name, loss in result.losses.items()}
+            found[f"{step} norm"] = result.grad_norm
+            found |= {
+                f"{step} grad {n}": p.grad.clone()
+                for n, p in engine.parameters.items()
+                if p.grad is not None
+            }
+        found["evaluated"] = engine.evaluate(inputs[share], targets[share])
+        found |= {f"weight {n}": p.detach().clone() for n, p in engine.parameters.items()}
+        seen.append(found)
+    without, with_it = seen
+    assert without.keys() == with_it.keys()
+    differing = [name for name, value in without.items() if not _same(value, with_it[name])]
+    return {"differing": differing, "compared": len(without)}
+
+
+def _same(a: Tensor | float, b: Tensor | float) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
