@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import CommError, backend_reason
+from .marks import mark
 from .waiting import WaitBoard, name_ranks
 
 T = TypeVar("T")
@@ -66,7 +67,7 @@ def _guarded(
     me = dist.get_rank()
     others = tuple(r for r in dist.get_process_group_ranks(group) if r != me)
     try:
-        with (board or WaitBoard()).waiting(what, others):
+        with (board or WaitBoard()).waiting(what, others), mark(f"wait {what}"):
             run()
     except RuntimeError as error:
         raise CommError(

@@ -12,18 +12,38 @@ from contextvars import ContextVar
 
 from torch.autograd import profiler
 
+_WAIT = "wait "
 # Of the calling context, so that a move on another thread goes by the name that it was started by.
 _current: ContextVar[str] = ContextVar("counterflow_mark", default="")
+_waits: ContextVar[bool] = ContextVar("counterflow_waits", default=False)
 
 
 def profiling() -> bool:
-    """Whether a profiler records this thread."""
+    """Whether a profiler runs; it may be one that leaves this thread out."""
     return profiler._is_profiler_enabled
 
 
 def mark(name: str) -> AbstractContextManager[object]:
-    """Within this context, a profiler that runs shows this thread as doing `name`."""
-    return profiler.record_function(name) if profiling() else nullcontext()
+    """Within this context, a profiler that runs shows this thread as doing `name`.
+
+    Of waits within waits only the outermost shows, so that their times can be added up.
+    """
+    if not profiling():
+        return nullcontext()
+    return _wait(name) if name.startswith(_WAIT) else profiler.record_function(name)
+
+
+@contextmanager
+def _wait(name: str) -> Iterator[None]:
+    if _waits.get():
+        yield
+        return
+    token = _waits.set(True)
+    try:
+        with profiler.record_function(name):
+            yield
+    finally:
+        _waits.reset(token)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from counterflow import __version__  # the root package is no room, so no relative import finds it
 
+from .profile_options import add_arguments as add_profile_arguments
 from .simulate_options import add_arguments as add_simulate_arguments
 from .traffic_options import add_arguments as add_traffic_arguments
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from .config import Config
     from .world import Place
 
-_TRAIN_USAGE = "counterflow train [CONFIG.toml] [--dotted.key VALUE ...]"
+_TRAIN_USAGE = "counterflow train [CONFIG.toml] [--profile STEPS] [--dotted.key VALUE ...]"
+_SHORT = {"profile": "profile.steps"}  # flags of `train` that stand for a key
 
 
 class UsageError(ValueError):
@@ -73,6 +75,16 @@ def _parser() -> _Parser:
     )
     add_simulate_arguments(simulate)
     simulate.set_defaults(run=_simulate)
+
+    profile = commands.add_parser(
+        "profile",
+        help="how much communication a trace shows exposed, where and why",
+        description="Reads traces of PyTorch's profiler and tells how much communication was "
+        "exposed, in which phase and why (docs/profile.md).",
+        allow_abbrev=False,
+    )
+    add_profile_arguments(profile)
+    profile.set_defaults(run=_profile)
 
     traffic = commands.add_parser(
         "traffic", help="which rank sends how much to which, for a routing", allow_abbrev=False
@@ -147,7 +159,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[st
                 if value is None or value.startswith("--"):
                     raise UsageError(f"--{key} needs a value: --{key} VALUE")
                 text = value
-            pairs.append((key, text))
+            pairs.append((_SHORT.get(key, key), text))
         elif argument.startswith("-"):
             raise UsageError(f"unknown argument {argument}; usage: {_TRAIN_USAGE}")
         elif path is not None:
@@ -234,6 +246,12 @@ def _train_help() -> str:
 
 def _simulate(parsed: argparse.Namespace) -> int:
     from .simulate_command import run
+
+    return run(parsed)
+
+
+def _profile(parsed: argparse.Namespace) -> int:
+    from .profile_command import run
 
     return run(parsed)
 

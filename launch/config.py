@@ -20,6 +20,8 @@ from ..parallel.mesh import MeshShape
 from ..parallel.schedule import names
 from .fp8_config import FP8Config, RecomputeConfig
 from .guards import require, require_choice
+from .overlap_config import OverlapConfig
+from .recording_config import ProfileConfig
 from .settings import (
     ConfigError,
     Given,
@@ -111,6 +113,11 @@ class DispatchConfig:
         "most nodes that a token may reach; none: model.topk_group where the router has groups; "
         "0: any number",
     )
+    num_sms: int | None = option(
+        None,
+        "most of a GPU's SMs that dispatch and combine take, so that the rest computes beside them "
+        "(DeepSeek-V3: 20), of DeepEP and of NCCL; none: what the library takes by itself",
+    )
 
     def __post_init__(self) -> None:
         require_choice("dispatch.backend", self.backend, DispatcherName)
@@ -123,6 +130,8 @@ class DispatchConfig:
         require("dispatch.chunks", self.chunks, self.chunks >= 1, "1 or more")
         limit = self.node_limit
         require("dispatch.node_limit", limit, limit is None or limit >= 0, "0 or more")
+        num_sms = self.num_sms
+        require("dispatch.num_sms", num_sms, num_sms is None or num_sms >= 1, "1 or more, or none")
 
 
 @dataclass(frozen=True)
@@ -287,6 +296,8 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     fp8: FP8Config = field(default_factory=FP8Config)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         if self.moments == "bfloat16":

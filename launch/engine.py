@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 from ..comm.collectives import sum_over
 from ..comm.dispatch import Dispatcher, dispatcher
+from ..comm.marks import mark
 from ..fp8.recipe import Recipe
 from ..model import ModelConfig, build_parts, partition, shared_parameters, updated_bias
 from ..model.build import Recompute
@@ -204,16 +205,21 @@ class Engine:
             part.mtp_loss_weight = mtp_weight
         self.gradients(inputs, targets)
         with self.pipeline.at("sums over the whole mesh"):
-            board = self.mesh.waits
-            norm = clip_by_global_norm(self.parameters.items(), self._owned, max_norm, board=board)
+            with mark("gradient norm"):
+                norm = clip_by_global_norm(
+                    self.parameters.items(), self._owned, max_norm, board=self.mesh.waits
+                )
             losses = self._mean_over_dp(self.pipeline.report.losses)
             if not norm < float("inf"):
                 raise ValueError(
                     f"the gradient norm is {norm} with a loss of {losses['main']:g}; training "
                     "cannot go on: lower train.lr, or lengthen train.warmup_steps"
                 )
-            self._update(lr)
-            return StepResult(losses, norm, self._balance(bias_update_speed))
+            with mark("optimizer"):
+                self._update(lr)
+            with mark("router biases"):
+                loads = self._balance(bias_update_speed)
+            return StepResult(losses, norm, loads)
 
     def _update(self, lr: float) -> None:
         """The optimizer's update; the average goes on while the next step begins."""
@@ -226,21 +232,23 @@ class Engine:
 
     def gradients(self, inputs: Tensor, targets: Tensor) -> None:
         """Forward and backward: `.grad` becomes the gradient of the global batch's mean loss."""
-        self.optimizer.zero_grad()
-        for router in self._routers.values():
-            router.load_E.zero_()
+        with mark("zero gradients"):
+            self.optimizer.zero_grad()
+            for router in self._routers.values():
+                router.load_E.zero_()
         self.pipeline.step(inputs, targets, sum_replicas=False)
         # Experts have seen the tokens of all ranks of their group, so theirs are sums over ep
         # already.
         scale = 1.0 / self.mesh.shape.dp
         dense = [p for p in self.parameters.values() if id(p) not in self._experts]
         routed = [p for p in self.parameters.values() if id(p) in self._experts]
-        with self.pipeline.at("mean of the gradients over data-parallel ranks"):
+        position = "mean of the gradients over data-parallel ranks"
+        with self.pipeline.at(position), mark("mean of gradients"):
             sum_gradients(dense, self.mesh.dp_group, scale=scale, board=self.mesh.waits)
             sum_gradients(routed, self.mesh.edp_group, scale=scale, board=self.mesh.waits)
         # Last, because two addends give the same bits on both holders, whatever order a backend
         # sums a larger group in.
-        with self.pipeline.at("sum of the gradients of replicas"):
+        with self.pipeline.at("sum of the gradients of replicas"), mark("sum over replicas"):
             self.pipeline.replicas.sum()
 
     def evaluate(self, inputs: Tensor, targets: Tensor) -> float:

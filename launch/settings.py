@@ -226,6 +226,8 @@ def _from_text(text: str, hint: Any) -> object:
     if any(kind is str or get_origin(kind) is Literal for kind in kinds):
         return text
     if any(get_origin(kind) is tuple for kind in kinds) and not text.startswith("["):
+        if any(get_args(kind) == (str, ...) for kind in kinds):
+            return [part.strip() for part in text.split(",")] if text else []
         bracketed = f"[{text}]"
     else:
         bracketed = text

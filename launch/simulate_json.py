@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING
 
 from ..parallel.simulate import critical_path, idle_by_cause, waits
 from ..parallel.simulate.analysis import FinishLink, Link, StepLink
+from ..parallel.simulate.draw.bars import row_phases
 
 if TYPE_CHECKING:
+    from ..parallel.simulate import Result
+    from ..parallel.simulate.phases import PhaseSpan
     from ..parallel.simulate.search import SearchResult
     from .simulate_command import Answer
 
@@ -44,6 +47,7 @@ def to_json(answer: Answer) -> dict[str, object]:
         ],
         "critical_path": [_link(link) for link in critical_path(result)],
         "steps": [[[str(s.step), s.start, s.end] for s in row] for row in result.spans],
+        "phases": [_phases(result, rank) for rank in range(result.ranks)],
         "transfers": [
             {
                 "action": str(t.action),
@@ -77,6 +81,12 @@ def to_json(answer: Answer) -> dict[str, object]:
     if answer.found is not None:
         shown["search"] = _search(answer.found)
     return shown
+
+
+def _phases(result: Result, rank: int) -> list[list[PhaseSpan]]:
+    """Per step of the row its phases, which JSON shows as lists; no entry where costs have none."""
+    phases = result.costs.phases
+    return [] if phases is None else [list(spans) for spans in row_phases(result, rank, phases)]
 
 
 def _search(found: SearchResult) -> dict[str, object]:

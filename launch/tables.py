@@ -41,7 +41,7 @@ def print_table(
         table.add_column(name, justify="left" if i < names else "right", no_wrap=True)
     for row in body:
         table.add_row(*row)
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)  # names are no markup
     if not console.is_terminal:  # a file or a pipe has room for all
         console.width = max(console.width, sum(_widths(head, body)) + _BETWEEN * len(head))
     console.print(table)

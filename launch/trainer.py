@@ -21,6 +21,7 @@ from torch import Tensor
 from counterflow import __version__  # the root package is no room, so no relative import finds it
 
 from ..comm.collectives import gather, sum_over
+from ..comm.marks import mark
 from ..fp8 import NonFiniteError
 from ..model import num_active_parameters, num_parameters
 from ..parallel.mesh import Mesh
@@ -36,6 +37,7 @@ from .folder import RESULTS
 from .metrics import MetricsWriter
 from .progress import Progress
 from .ramps import bias_update_speed, learning_rate, microbatches, mtp_weight
+from .recording import FOLDER, Recorder, profile_command, remove_traces
 from .torchrun import choose_device
 from .watch import SignalWatch
 from .world import Place, joined, waiting_to_join
@@ -125,7 +127,11 @@ class _Run:
             weight_decay=train_config.weight_decay,
             moments=getattr(torch, config.moments),
             ema_decay=train_config.ema_decay,
+            overlap=config.overlap.interleaving,
             timeout_s=config.run.timeout_s,
+        )
+        self.recorder = Recorder(
+            config.profile, mesh.rank, device, folder / FOLDER, self._wait_for_all
         )
         self.loader = self._loader(self.corpus.train)
         self.step = 0  # under way or last run; the first is 1
@@ -147,15 +153,20 @@ class _Run:
             if self.mesh.rank == 0:
                 for name in RESULTS:
                     (self.folder / name).unlink(missing_ok=True)
+                remove_traces(self.folder / FOLDER)
                 metrics = open_things.enter_context(MetricsWriter(self.folder))
                 progress = Progress(train.steps, log_every=train.log_every)
                 progress.note(self._introduction())
                 open_things.enter_context(progress)
+            open_things.callback(self.recorder.close)
             for index in range(train.steps):
                 self.step = step = index + 1
+                self.recorder.before(step)
                 began = time.perf_counter()
-                result, num_tokens = self._step(index)
+                with self.recorder.step(step):
+                    result, num_tokens = self._step(index)
                 took = time.perf_counter() - began
+                traces = self.recorder.after(step)
                 self.seconds += took
                 self.tokens += num_tokens
                 self.recent.append(result)
@@ -170,6 +181,8 @@ class _Run:
                         tokens_per_second=rate,
                         grad_norm=result.grad_norm,
                     )
+                    if traces is not None:
+                        progress.note(f"step {step}: traces recorded: {profile_command(traces)}")
                 if step == train.steps or (train.eval_every and step % train.eval_every == 0):
                     self.validation_loss = self._validate()
                     if step == train.steps and self.engine.ema is not None:
@@ -219,6 +232,8 @@ class _Run:
             "moments": config.moments,
             "fp8": in_fp8,
             "recompute": asdict(fp8.make_recompute(config)),
+            "overlap": asdict(config.overlap),
+            "traces": [str(path.relative_to(self.folder)) for path in self.recorder.folders],
             "counterflow": __version__,
             "torch": torch.__version__,
         }
@@ -232,8 +247,9 @@ class _Run:
         if schedule is not self.engine.pipeline.schedule:
             self.engine.pipeline.use(schedule)
         if index + 1 == train.steps:  # whose timeline is kept: let its clocks begin together
-            self._wait_for_all("the ranks of the pipeline")
-        inputs, targets = self._batch(self.loader, count)
+            self._wait_for("the ranks of the pipeline", self.mesh.pp_group)
+        with mark("data"):
+            inputs, targets = self._batch(self.loader, count)
         result = self.engine.step(
             inputs,
             targets,
@@ -245,10 +261,13 @@ class _Run:
         return result, inputs.numel() * self.mesh.shape.dp
 
     def _wait_for_all(self, what: str) -> None:
+        self._wait_for(what, _world())
+
+    def _wait_for(self, what: str, group: dist.ProcessGroup | None) -> None:
         with self.engine.pipeline.at("start together"):
-            mark = torch.zeros(1, device=self.device)
-            sum_over(mark, self.mesh.pp_group, what, board=self.mesh.waits)
-            mark.item()
+            here = torch.zeros(1, device=self.device)
+            sum_over(here, group, what, board=self.mesh.waits)
+            here.item()
 
     def _validate(self) -> float:
         """Mean loss on the same held-out sequences every time, whatever the batch-size ramp."""
@@ -329,10 +348,9 @@ class _Run:
         """Which dispatcher ran, and what all ranks sent with it."""
         experts = self.engine.experts
         mine = (sum(map(sum, experts.sent_bytes.values())), experts.crossed_bytes)
-        world = dist.group.WORLD if dist.is_initialized() else None
         with self.engine.pipeline.at("adding up what was sent"):
             sent, crossed = zip(
-                *gather(mine, world, "bytes sent", board=self.mesh.waits), strict=True
+                *gather(mine, _world(), "bytes sent", board=self.mesh.waits), strict=True
             )
         return {
             "backend": experts.name,
@@ -376,6 +394,12 @@ def _conclude(folder: Path, result: dict[str, Any]) -> None:
         f"{result['steps']} steps in {result['seconds']:.1f} s, "
         f"{result['tokens_per_second']:,.0f} tokens/s; report: {report}"
     )
+    for name in result["traces"]:
+        print(f"its traces: {profile_command(folder / name)}")
+
+
+def _world() -> dist.ProcessGroup | None:
+    return dist.group.WORLD if dist.is_initialized() else None
 
 
 def verdict(loss: float, entropy: float) -> str:

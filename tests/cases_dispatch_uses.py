@@ -300,7 +300,7 @@ def kept_buffers(rank: int, world: int, settings: Sequence[Setting]) -> list[tup
             given = batch(rank, "uneven", torch.float32)
             results.append(found_by(d, given._replace(x_TD=given.x_TD + step))[0])
             copies.append(copy.deepcopy(results[-1]))
-            after.append(d._lane.buffers.num_bytes)
+            after.append(d.lane.buffers.num_bytes)
         assert all(same_found(a, b) for a, b in zip(results, copies, strict=True))
         assert not same_bits(results[0].y_TD, results[1].y_TD) or not len(results[0].y_TD)
         sizes.append(tuple(after))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from counterflow.comm import dispatcher
+from counterflow.comm.dispatch.names import PayloadName
 from counterflow.fp8.recipe import Recipe
 from counterflow.launch.engine import Engine
 from counterflow.model.build import Recompute
@@ -16,6 +17,7 @@ from counterflow.parallel import Mesh, MeshShape
 from counterflow.parallel.schedule import build
 from counterflow.parallel.schedule.interleaving import Interleaving
 
+from .cases_deep_ep import fake
 from .cases_training import STEP, TINY, global_batch
 
 OTHER_ORDER = Interleaving(
@@ -48,20 +50,24 @@ def with_and_without(
     layers: int | None = None,
     microbatches: int | None = None,
     way: str = "dedup",
-    payload: str = "exact",
+    payload: PayloadName = "exact",
     fp8: bool = False,
     recompute: bool = False,
     shared: int | None = None,
     order: Interleaving | None = None,
+    nodes: tuple[int, ...] | None = None,
+    hidden: int | None = None,
     steps: int = 2,
 ) -> dict[str, Any]:
     """Names of what differs between training with and without overlap; empty if nothing does."""
     dp = world // pp
-    mesh = Mesh.create(MeshShape(pp, dp, ep), timeout_s=100)
+    mesh = Mesh.create(MeshShape(pp, dp, ep), nodes=nodes, timeout_s=100)
     plan = build(schedule, ranks=pp, microbatches=microbatches or max(2 * pp, 4))
     config = replace(TINY, num_hidden_layers=layers or max(plan.num_stages, 4))
     if shared is not None:
         config = replace(config, n_shared_experts=shared)
+    if hidden is not None:
+        config = replace(config, hidden_size=hidden)
     ways = dispatcher(
         way, mesh, num_experts=config.n_routed_experts, payload=payload, timeout_s=100
     )
@@ -71,13 +77,13 @@ def with_and_without(
     if recompute:
         options["recompute"] = Recompute(norms=True, up_projections=True)
     num = plan.num_microbatches * 2
+    share = slice(mesh.dp_rank * num, (mesh.dp_rank + 1) * num)
     seen: list[dict[str, Tensor | float]] = []
     for overlap in (None, order or Interleaving()):
         engine = Engine(config, mesh, plan, overlap=overlap, **options)
         found: dict[str, Tensor | float] = {}
         for step in range(steps):
             inputs, targets = global_batch(step, plan.num_microbatches, dp)
-            share = slice(mesh.dp_rank * num, (mesh.dp_rank + 1) * num)
             result = engine.step(inputs[share], targets[share], **STEP)
             found |= {f"{step} {name}": loss for name, loss in result.losses.items()}
             found[f"{step} norm"] = result.grad_norm
@@ -86,6 +92,7 @@ def with_and_without(
                 for n, p in engine.parameters.items()
                 if p.grad is not None
             }
+        inputs, targets = global_batch(steps, plan.num_microbatches, dp)
         found["evaluated"] = engine.evaluate(inputs[share], targets[share])
         found |= {f"weight {n}": p.detach().clone() for n, p in engine.parameters.items()}
         seen.append(found)
@@ -96,4 +103,33 @@ def with_and_without(
 
 
 def _same(a: Tensor | float, b: Tensor | float) -> bool:
-    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    return float(a) == float(b)
+
+
+def over_deep_ep(rank: int, world: int, version: str) -> dict[str, Any]:
+    """`with_and_without` over the fake of DeepEP, whose rows are wider and of bfloat16."""
+    with fake(version):
+        return with_and_without(
+            rank,
+            world,
+            "dualpipev",
+            1,
+            world,
+            way="deep_ep",
+            hidden=256,
+            dtype=torch.bfloat16,
+            steps=1,
+        )
+
+
+def unlike(rank: int, world: int) -> str:
+    """What a rank is told that overlaps where its neighbour does not."""
+    mesh = Mesh.create(MeshShape(world, 1, 1), timeout_s=30)
+    plan = build("dualpipe", ranks=world, microbatches=4)
+    try:
+        Engine(TINY, mesh, plan, overlap=Interleaving() if rank else None, timeout_s=30)
+    except ValueError as error:
+        return str(error)
+    return ""

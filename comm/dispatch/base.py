@@ -133,6 +133,7 @@ class Dispatcher(ABC, Generic[H]):
         num_experts: E, over the whole group.
         local_experts: the expert in each slot of this rank.
         sent_bytes: by operation, the payload bytes sent to each ep rank so far.
+        lane: where its moves run, in the order of their starts.
     """
 
     name: str
@@ -152,7 +153,7 @@ class Dispatcher(ABC, Generic[H]):
         self.options = options
         self._nodes = [mesh.nodes[r] for r in mesh.shape.ep_peers(mesh.rank)]
         self._ep_rank = mesh.ep_rank
-        self._lane = lane_of(mesh)
+        self.lane = lane_of(mesh)
 
     @property
     def crossed_bytes(self) -> int:
@@ -251,7 +252,7 @@ class Dispatcher(ABC, Generic[H]):
 
     def close(self) -> None:
         """Give back the memory that is kept for messages; a collective of the group."""
-        self._lane.buffers.clear()
+        self.lane.buffers.clear()
 
     @abstractmethod
     def start_preprocess(self, experts_TK: Tensor, declared: Declared = UNKNOWN) -> Pending[H]:
@@ -322,15 +323,11 @@ class Dispatcher(ABC, Generic[H]):
     ) -> Pending[tuple[Tensor | None, Tensor | None]]:
         """Start sending rows back: Pending (y_TD or None, weights_TK or None), y summed."""
 
-    def on_lane(self, move: Callable[[], R], device: torch.device, operation: str) -> Pending[R]:
-        """Run `move`, which may use this dispatcher, in its turn among all moves."""
-        return self._start(move, device, operation)
-
     def _start(
         self, move: Callable[[], R], device: torch.device, operation: str, *, for_host: bool = False
     ) -> Pending[R]:
         limit_s = self.options.timeout_s
-        return self._lane.start(move, device, operation, timeout_s=limit_s, for_host=for_host)
+        return self.lane.start(move, device, operation, timeout_s=limit_s, for_host=for_host)
 
     def _check_experts(self, experts_TK: Tensor) -> None:
         if experts_TK.dim() != 2 or experts_TK.shape[1] < 1:

@@ -89,7 +89,7 @@ class DeepEP(Dispatcher[DeepEPHandle]):
         self._rank = mesh.rank
         self._ep_peers = mesh.shape.ep_peers(mesh.rank)
         self._everyone = Peers(
-            mesh.ep_group, self._ep_peers, mesh.rank, options.timeout_s, self._lane.sequence
+            mesh.ep_group, self._ep_peers, mesh.rank, options.timeout_s, self.lane.sequence
         )
         self._tables: dict[torch.device, SlotTables] = {}
 

@@ -210,7 +210,7 @@ class Hops(Dispatcher[HopHandle]):
                 parts.append(self._metadata(weights_TK))
             if with_slots:
                 parts.append(self._metadata(handle.slots_TK.to(self._slot_dtype)))
-            with self._lane.buffers.hold(x_TD.device) as take:
+            with self.lane.buffers.hold(x_TD.device) as take:
                 arrived = self._send(parts, handle, operation, with_slots, take)
                 assert handle.route is not None
                 expansion = handle.route.expansion
@@ -293,7 +293,7 @@ class Hops(Dispatcher[HopHandle]):
             assert handle.route is not None  # moves run in the order of their starts
             parts = self._returning(rows_ND, weights_N, handle, handle.route.expansion)
             if self._hops:
-                with self._lane.buffers.hold(given.device) as take:
+                with self.lane.buffers.hold(given.device) as take:
                     found = moves.bring_back(
                         self._hops, handle.route.pieces, parts, take, operation
                     )

@@ -54,6 +54,20 @@ class Lane:
         self._jobs: queue.SimpleQueue[Job | None] | None = None
         self._thread: threading.Thread | None = None
         self._stream: torch.cuda.Stream | None = None
+        self._after: torch.cuda.Event | None = None
+
+    @contextmanager
+    def after(self, event: torch.cuda.Event | None) -> Iterator[None]:
+        """Moves started within wait for `event` alone, not for all that the caller has enqueued.
+
+        What they read must have been enqueued before the event, or be a move's. None changes
+        nothing.
+        """
+        before, self._after = self._after, event
+        try:
+            yield
+        finally:
+            self._after = before
 
     def start(
         self,
@@ -85,10 +99,11 @@ class Lane:
         if device.type == "cuda":
             return self._start_on_stream(move, device, operation, timeout_s if for_host else None)
         future: Future[T] = Future()
-        self._thread_jobs().put((move, operation, current_name() or operation, future))
+        name = current_name() or operation
+        self._thread_jobs().put((move, operation, name, future))
 
         def finish() -> T:
-            with self._board.waiting(operation, self._others):
+            with self._board.waiting(operation, self._others), mark(f"wait {name}"):
                 return future.result()  # bounded: each wait within a move has its limit
 
         return Pending(finish)
@@ -122,16 +137,21 @@ class Lane:
     ) -> Pending[T]:
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
+        name = current_name() or operation
         lane, caller = self._stream, torch.cuda.current_stream(device)
-        lane.wait_stream(caller)
-        with _outside_autograd(), torch.cuda.stream(lane):
+        if self._after is None:
+            lane.wait_stream(caller)
+        else:
+            lane.wait_event(self._after)
+        with _outside_autograd(), torch.cuda.stream(lane), mark(name):
             result = move()
             done = torch.cuda.Event()
             done.record(lane)
 
         def finish() -> T:
             if limit_s is not None:
-                self._wait_for(done, operation, limit_s)
+                with mark(f"wait {name}"):
+                    self._wait_for(done, operation, limit_s)
             caller = torch.cuda.current_stream(device)
             caller.wait_event(done)
             for tensor in _tensors(result):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .base import Arrived, Dispatched, Dispatcher, Handle
@@ -31,17 +32,24 @@ class StagedDispatch:
 
     def __post_init__(self) -> None:
         self._counts: Pending[Handle] | None = None
+        self._ready: torch.cuda.Event | None = None
         if waits_on_host(self.x_TD):
             given = self.x_TD, self.experts_TK, self.weights_TK
             self._counts = self.dispatcher.start_checked_preprocess(*given)
+            self._ready = torch.cuda.Event()
+            self._ready.record(torch.cuda.current_stream(self.x_TD.device))
 
     def start(self) -> Pending[Dispatched]:
         """Start sending rows; on a GPU, wait on the host for the counts first."""
         if self._counts is not None:
             handle = self._counts.finish()
-            pending = self.dispatcher.start_dispatch(self.x_TD, self.weights_TK, handle)
+            # Beside what the caller has enqueued since the rows were there.
+            with self.dispatcher.lane.after(self._ready):
+                pending = self.dispatcher.start_dispatch(self.x_TD, self.weights_TK, handle)
             return pending.then(lambda arrived: _dispatched(arrived, handle))
-        return self.dispatcher.on_lane(self._whole, self.x_TD.device, "dispatch(F)")
+        limit_s = self.dispatcher.options.timeout_s
+        lane, device = self.dispatcher.lane, self.x_TD.device
+        return lane.start(self._whole, device, "dispatch(F)", timeout_s=limit_s)
 
     def _whole(self) -> Dispatched:
         given = self.x_TD, self.experts_TK, self.weights_TK

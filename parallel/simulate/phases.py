@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
+from ..schedule.interleaving import PUBLISHED_ORDER
 from .amounts import check_amount, unknown_name
 
 COMPUTE = "compute"
@@ -22,20 +23,6 @@ FORWARD = ("attn(F)", "dispatch(F)", "mlp(F)", "combine(F)")
 BACKWARD = ("combine(B)", "mlp(B)", "dispatch(B)", "attn(B)")
 WEIGHTS = {"mlp(W)": "mlp(B)", "attn(W)": "attn(B)"}
 NAMES = (*FORWARD, *BACKWARD, *WEIGHTS)
-
-# The order of the published trace (facts of github.com/deepseek-ai/profile-data, train.json).
-PUBLISHED_ORDER = (
-    "combine(B)",
-    "attn(F)",
-    "mlp(B)",
-    "dispatch(F)",
-    "dispatch(B)",
-    "mlp(W)",
-    "mlp(F)",
-    "attn(B)",
-    "attn(W)",
-    "combine(F)",
-)
 
 
 class PhaseSpan(NamedTuple):

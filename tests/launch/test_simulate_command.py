@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
 from itertools import pairwise
@@ -98,6 +99,30 @@ def test_json_tells_all_that_the_simulation_found(capsys: pytest.CaptureFixture[
         )
         # One holding for each chunk: a default size is all for W where a backward is split.
         assert len({(c["stage"], c["microbatch"]) for c in memory["chunks"]}) == 8
+
+
+def test_json_has_the_phases_of_each_step_where_the_costs_have_some(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    times = "".join(f'"{name}" = {number}\n' for number, name in enumerate(NAMES, 1))
+    costs = written(tmp_path, "costs.toml", f"[phases]\nlayers = 2\n{times}")
+    found = printed(capsys, *SIZES, "--costs", costs)
+    result = simulate(build("dualpipe", ranks=4, microbatches=8), load_costs(costs).costs)
+    phases = result.costs.phases
+    assert phases is not None
+    counted = Counter[str]()
+    for row, of in zip(found["steps"], found["phases"], strict=True):
+        for (step, start, end), spans in zip(row, of, strict=True):
+            made = phases.pair(2, 2) if step.startswith("(") else ()
+            made = made or {"F": phases.forward, "B": phases.backward, "I": phases.input_half}.get(
+                step[1], phases.weight_half
+            )(2)
+            assert spans == [[n, lr, ln, start + s, start + e] for n, lr, ln, s, e in made]
+            assert max(span[-1] for span in spans) == pytest.approx(end)
+            counted.update(name for name, *_ in spans)
+    # Every micro-batch passes every layer of every stage once.
+    assert counted == dict.fromkeys(NAMES, 8 * 4 * 2)
+    assert printed(capsys, *SIZES)["phases"] == [[]] * 4
 
 
 def test_text_has_the_drawing_the_table_and_the_makespan(

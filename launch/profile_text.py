@@ -1,0 +1,324 @@
+"""What `counterflow profile` prints for people: of each table its title says the window."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from ..comm.profile.report import Kernels, Phase, SmSplit
+from .profile_json import gbps
+from .profile_summary import Stretch, Summary, percent
+from .tables import Table, print_table, widest_that_fits
+
+if TYPE_CHECKING:
+    from .outputs import Output
+    from .profile_command import Answer
+
+_NS = 1_000_000  # in a millisecond
+# Columns of the phases that go, one after the other, where there is too little room.
+_FIRST_TO_GO = ("GB/s", "transfer", "runs", "hides behind", "waiting", "compute", "hidden")
+_COLUMNS = {
+    "waiting": "waiting: of comm, where only notifications and barriers run",
+    "hidden": "hidden: share of comm during which anything computes",
+    "hides behind": "hides behind: what computes then, in shares of comm",
+}
+_WORST = 3  # phases named that are exposed most
+_BEHIND = 2  # phases shown that one hides behind
+_NAME = 24  # least room for a kernel's name
+_SMALL = 0.05  # percent that would look like none
+_NONE = "(no phase)"
+
+# A kernel whose template argument says what it is.
+_WRAPPER = re.compile(r"cutlass::\w+<(.*)>")
+
+_Row = TypeVar("_Row")
+
+
+def print_answer(answer: Answer) -> None:
+    """Print all of it; ranks and what was simulated come after what one rank shows as well."""
+    summary = answer.summary
+    _print_header(answer)
+    _print_totals(answer)
+    if summary.phases:
+        shown = _print_phases(f"phases, ms; {answer.where}", summary, summary.phases)
+        fill("; ".join(text for name, text in _COLUMNS.items() if name in shown))
+        if any(phase.inferred for phase in summary.phases):
+            fill("phases are inferred from the order of kernels, as the trace marks none")
+    if answer.options.layers and summary.layers:
+        _print_phases(f"phases by layer, ms; {answer.where}", summary, summary.layers)
+    _print_exposed(answer)
+    _print_sm_split(answer)
+    _print_kernels(answer)
+    if answer.across is not None:
+        from .profile_text_ranks import print_ranks
+
+        print_ranks(answer, answer.across)
+    if answer.comparison is not None:
+        from .profile_text_against import print_comparison
+
+        print_comparison(answer, answer.comparison)
+    if summary.unknown:
+        _print_unknown(answer)
+    for line in (*answer.missing, *summary.missing):
+        fill(f"note: {line}")
+
+
+def print_written(outputs: Sequence[Output]) -> None:
+    """Say what was written."""
+    for output in outputs:
+        print(f"wrote {output.path}")
+
+
+def fitting(
+    cells: Mapping[str, Callable[[_Row], str]], rows: Sequence[_Row], first_to_go: Sequence[str]
+) -> Table:
+    """A table without those columns for which the terminal is too narrow.
+
+    Args:
+        cells: what each column has in a row.
+        rows: what the table is of.
+        first_to_go: columns that may be left out, in that order.
+    """
+    tables: list[Table] = []
+    for count in range(len(first_to_go) + 1):
+        shown = {name: cell for name, cell in cells.items() if name not in first_to_go[:count]}
+        tables.append((list(shown), [[cell(row) for cell in shown.values()] for row in rows]))
+    return widest_that_fits(tables)
+
+
+def fill(text: str) -> None:
+    """Print a paragraph as wide as there is room."""
+    print(textwrap.fill(text, shutil.get_terminal_size().columns))
+
+
+def ms(length: float | None) -> str:
+    """A length in ns, as milliseconds."""
+    return "-" if length is None else f"{length / _NS:.3f}"
+
+
+def share(part: float, whole: float) -> str:
+    """A percentage; - of nothing."""
+    found = percent(part, whole)
+    if found is None:
+        return "-"
+    return f"{found:.1f} %" if found == 0 or found >= _SMALL else f"{found:.1g} %"
+
+
+def _print_header(answer: Answer) -> None:
+    traces = answer.traces
+    first, last = traces[0], traces[-1]
+    known = [str(trace.rank) for trace in traces if trace.rank is not None]
+    parts = [first.source if len(traces) == 1 else f"{first.source} to {last.source}"]
+    if known:
+        of = "" if first.world_size is None else f" of {first.world_size}"
+        parts.append(f"rank{'s' * (len(known) > 1)} {', '.join(known)}{of}")
+    if first.device_name:
+        sms = "" if first.num_sms is None else f" with {first.num_sms} SMs"
+        parts.append(f"{first.device_name}{sms}")
+    if not any(trace.on_gpu for trace in traces):
+        parts.append("operators of a CPU run, as there are no kernels")
+    fill("; ".join(parts))
+
+
+def _print_totals(answer: Answer) -> None:
+    summary, totals = answer.summary, answer.summary.totals
+    copies = totals.span - totals.compute - totals.exposed - totals.idle
+    rows = [  # name, sum over the ranks, whether it is of communication
+        ("span", totals.span, False),
+        ("compute", totals.compute, False),
+        ("communication", totals.comm, True),
+        ("  overlapped", totals.overlapped, True),
+        ("  exposed", totals.exposed, True),
+        ("    of it waiting", summary.exposed_waiting, True),
+        ("  waiting in all", totals.waiting, True),
+        ("copies alone", copies, False),
+        ("idle", totals.idle, False),
+    ]
+    cells: dict[str, Callable[[tuple[str, int, bool]], str]] = {
+        "": lambda row: row[0],
+        "ms": lambda row: f"{summary.ms(row[1]):.3f}",
+        "of span": lambda row: share(row[1], totals.span),
+        "of communication": lambda row: share(row[1], totals.comm) if row[2] else "-",
+    }
+    head, body = fitting(cells, rows, ("of communication",))
+    print()
+    print_table(f"where the time goes; {answer.where}", head, body, names=1)
+    if totals.exposed:
+        fill(_about_exposed(summary))
+
+
+def _about_exposed(summary: Summary) -> str:
+    """In a sentence, how much is exposed and where."""
+    phases = sorted(summary.phases, key=lambda phase: -phase.exposed)[:_WORST]
+    total = summary.totals.exposed
+    text = f"exposed: {summary.ms(total):.3f} ms, {share(total, summary.totals.span)} of the span"
+    where = [f"{share(phase.exposed, total)} in {phase.name}" for phase in phases if phase.exposed]
+    return f"{text}; of it {', '.join(where)}" if where else text
+
+
+def _print_phases(title: str, summary: Summary, phases: Sequence[Phase]) -> Sequence[str]:
+    """Print a table of phases; the columns that there was room for are returned."""
+
+    def mean(length: int) -> str:
+        return f"{summary.ms(length):.3f}" if length else "-"
+
+    def speed(phase: Phase) -> str:
+        found = gbps(phase.sent_bytes, phase.transfer)
+        return "-" if not found else f"{found:.3g}"
+
+    def behind(phase: Phase) -> str:
+        longest = sorted(phase.behind.items(), key=lambda item: -item[1])[:_BEHIND]
+        return (
+            ", ".join(
+                f"{name or 'other'} {100 * length / phase.comm:.0f}%" for name, length in longest
+            )
+            or "-"
+        )
+
+    cells: dict[str, Callable[[Phase], str]] = {
+        "phase": phase_name,
+        "runs": lambda phase: str(phase.count),
+        "compute": lambda phase: mean(phase.compute),
+        "comm": lambda phase: mean(phase.comm),
+        "waiting": lambda phase: mean(phase.waiting),
+        "transfer": lambda phase: mean(phase.transfer),
+        "exposed": lambda phase: mean(phase.exposed),
+        "hidden": lambda phase: share(phase.comm - phase.exposed, phase.comm),
+        "hides behind": behind,
+        "GB/s": speed,
+    }
+    if not any(phase.sent_bytes for phase in phases):
+        del cells["GB/s"]
+    head, body = fitting(cells, phases, _FIRST_TO_GO)
+    print()
+    print_table(title, head, body, names=1)
+    return head
+
+
+def phase_name(phase: Phase) -> str:
+    """A phase, with its layer if it is of one."""
+    name = phase.name or _NONE
+    return name if phase.layer is None else f"{name} layer {phase.layer}"
+
+
+def _print_exposed(answer: Answer) -> None:
+    summary, top = answer.summary, answer.options.top
+    if not summary.exposed:
+        return
+    cells: dict[str, Callable[[Stretch], str]] = {
+        "phase": lambda s: s.exposed.phase or _NONE,
+        "then computes": lambda s: s.exposed.next_phase or "-",
+        "rank": lambda s: "-" if s.rank is None else str(s.rank),
+        "layer": lambda s: "-" if s.exposed.layer is None else str(s.exposed.layer),
+        "at": lambda s: ms(s.exposed.interval[0] - s.begin),
+        "ms": lambda s: ms(s.exposed.interval[1] - s.exposed.interval[0]),
+        "waiting": lambda s: ms(s.exposed.waiting),
+    }
+    stretches = summary.exposed[:top]
+    if summary.num_ranks == 1:
+        del cells["rank"]
+    if all(s.exposed.layer is None for s in stretches):
+        del cells["layer"]
+    head, body = fitting(cells, stretches, ("then computes", "layer", "waiting"))
+    which = f"the longest {len(stretches)} of " if len(summary.exposed) > top else ""
+    print()
+    print_table(
+        f"exposed communication, {which}{len(summary.exposed)} stretches; {answer.window}",
+        head,
+        body,
+        names=2 if "then computes" in head else 1,
+    )
+
+
+def _print_sm_split(answer: Answer) -> None:
+    splits = [report.sm_split for report in answer.reports if report.sm_split is not None]
+    if splits and (text := _about_split(splits[0])):
+        print()
+        fill(text)
+
+
+def _about_split(split: SmSplit) -> str:
+    parts: list[str] = []
+    if split.comm is not None:
+        parts.append(
+            f"communication launches {split.comm} blocks (for {ms(split.comm_ns)} ms of its time)"
+        )
+    if split.compute is not None:
+        parts.append(f"the widest computing grids that fit have {split.compute}")
+    if not parts:
+        return ""
+    of = "" if split.num_sms is None else f" of {split.num_sms} SMs"
+    return f"split{of}, from launch grids: {'; '.join(parts)}"
+
+
+def _print_kernels(answer: Answer) -> None:
+    summary = answer.summary
+    top = summary.kernels[: answer.options.top]
+    if not top:
+        return
+    what = "kernels" if answer.reports[0].on_gpu else "operators"
+    title = f"{len(top)} of {len(summary.kernels)} {what}, those with most time; {answer.where}"
+    _print_by_name(title, summary, top)
+
+
+def _print_by_name(title: str, summary: Summary, kernels: Sequence[Kernels]) -> None:
+    cells: dict[str, Callable[[Kernels], str]] = {
+        "kind": lambda k: k.role or k.group,
+        "library": lambda k: k.library or "-",
+        "runs": lambda k: str(k.count),
+        "blocks": _blocks,
+        "ms": lambda k: f"{summary.ms(k.busy):.3f}",
+    }
+    for name in ("library", "blocks"):
+        if all(cells[name](kernel) == "-" for kernel in kernels):
+            del cells[name]
+    columns = shutil.get_terminal_size().columns
+    for gone in ((), ("library",), ("library", "blocks"), ("library", "blocks", "runs", "kind")):
+        shown = {name: cell for name, cell in cells.items() if name not in gone}
+        rest = [[cell(kernel) for cell in shown.values()] for kernel in kernels]
+        widths = [max(map(len, column)) for column in zip(list(shown), *rest, strict=True)]
+        room = columns - sum(widths) - 2 * len(widths)
+        if room >= _NAME:
+            break
+    room = max(room, _NAME)
+    body = [[short(kernel.name, room), *row] for kernel, row in zip(kernels, rest, strict=True)]
+    print()
+    print_table(title, ["name", *shown], body, names=1 + len({"kind", "library"} & shown.keys()))
+
+
+def short(name: str, room: int) -> str:
+    """A kernel's name without what says least; cut where even that does not fit."""
+    name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
+    if len(name) > room:
+        name = name.partition("(")[0].strip() or name  # without parameters
+    if len(name) > room and (wrapped := _WRAPPER.fullmatch(name)):
+        name = wrapped[1]
+    if len(name) > room:
+        qualified, bracket, arguments = name.partition("<")
+        name = "::".join(qualified.split("::")[-2:]) + bracket + arguments
+    return name if len(name) <= room else f"{name[: room - 3]}..."
+
+
+def _blocks(kernel: Kernels) -> str:
+    if kernel.blocks is None:
+        return "-"
+    least, most = kernel.blocks
+    return str(least) if least == most else f"{least}..{most}"
+
+
+def _print_unknown(answer: Answer) -> None:
+    summary = answer.summary
+    busy = sum(kernel.busy for kernel in summary.unknown)
+    everything = sum(kernel.busy for kernel in summary.kernels)
+    _print_by_name(
+        f"WARNING: what no rule names, {share(busy, everything)} of the time of all kernels; it "
+        f"counts as computation; {answer.where}",
+        summary,
+        summary.unknown[: answer.options.top],
+    )
+    more = len(summary.unknown) - answer.options.top
+    left = f"{more} more are in --json; " if more > 0 else ""
+    fill(f"{left}say what they are in a file for --kernels (docs/profile.md)")

@@ -1,0 +1,93 @@
+"""What `counterflow profile --against` prints: what was measured beside what was simulated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .profile_text import fill, fitting, ms
+from .tables import print_table
+
+if TYPE_CHECKING:
+    from ..comm.profile.comparison import Comparison, KindTime, Part, PhaseTime, RankDifference
+    from .profile_command import Answer
+
+_NS = 1_000_000  # in a millisecond
+# Columns of the phases that go, one after the other, where there is too little room.
+_FIRST_TO_GO = ("runs", "in", "waiting", "exposed, simulated", "exposed")
+
+
+def _ratio(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
+
+
+_CELLS: dict[str, Callable[[PhaseTime], str]] = {
+    "phase": lambda phase: phase.name,
+    "in": lambda phase: phase.kind or "-",
+    "runs": lambda phase: str(phase.count),
+    "measured": lambda phase: ms(phase.measured),
+    "simulated": lambda phase: ms(phase.simulated),
+    "ratio": lambda phase: _ratio(phase.ratio),
+    "waiting": lambda phase: ms(phase.waiting),
+    "exposed": lambda phase: ms(phase.exposed),
+    "exposed, simulated": lambda phase: ms(phase.simulated_exposed),
+}
+
+
+_KIND_CELLS: dict[str, Callable[[KindTime], str]] = {
+    "action": lambda kind: kind.kind,
+    "stage": lambda kind: kind.stage,
+    "in a step": lambda kind: str(kind.count),
+    "measured": lambda kind: ms(kind.measured),
+    "simulated": lambda kind: ms(kind.simulated),
+    "ratio": lambda kind: _ratio(kind.ratio),
+}
+_PART_CELLS: dict[str, Callable[[Part], str]] = {
+    "in": lambda part: part.kind,
+    "part": lambda part: part.part,
+    "phase": lambda part: part.phase or "-",
+    "measured": lambda part: ms(part.measured),
+    "simulated": lambda part: ms(part.simulated),
+    "difference": lambda part: f"{part.difference / _NS:+.3f}",
+}
+
+
+def print_comparison(answer: Answer, found: Comparison) -> None:
+    """Print actions by kind, phases, and what the difference consists of."""
+    beside = f"measured beside {found.schedule} of {found.source}"
+    if found.kinds:
+        head, body = fitting(_KIND_CELLS, found.kinds, ("in a step", "ratio"))
+        print()
+        print_table(f"actions, {beside}, ms, medians; {answer.window}", head, body, names=1)
+    if found.phases:
+        head, body = fitting(_CELLS, found.phases, _FIRST_TO_GO)
+        print()
+        print_table(f"phases, {beside}, ms, medians of a run; {answer.window}", head, body, names=1)
+    if found.longest is not None:
+        _print_parts(answer, found.longest)
+    unit = f"a {found.unit}" if found.unit else "one unit"
+    if found.fitted:
+        fill(
+            f"{unit} of the simulation is taken as {found.ns_per_unit / _NS:.6g} ms, with which "
+            "the medians agree, as it has no unit of time: shares compare, lengths do not"
+        )
+    for finding in found.findings:
+        fill(f"- {finding}")
+    for line in found.missing:
+        fill(f"note: {line}")
+
+
+def _print_parts(answer: Answer, rank: RankDifference) -> None:
+    top = rank.parts[: answer.options.top]
+    head, body = fitting(_PART_CELLS, top, ("measured", "simulated"))
+    print()
+    print_table(
+        f"what the difference consists of, rank {rank.rank}, step {rank.step}: measured "
+        f"{ms(rank.measured)} ms, simulated {ms(rank.simulated)}",
+        head,
+        body,
+        names=3,
+    )
+    if len(rank.parts) > len(top):
+        rest = sum(part.difference for part in rank.parts[len(top) :])
+        fill(f"{len(rank.parts) - len(top)} further parts: {rest / _NS:+.3f} ms together")

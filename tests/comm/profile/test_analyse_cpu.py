@@ -1,0 +1,129 @@
+"""Reports of CPU runs: what operators and marked moves show, thread by thread."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from counterflow.comm.profile.analyse import analyse
+from counterflow.comm.profile.trace import Activity, Annotation, Thread, Trace
+from tests.comm.profile.bitmaps import MAIN, MOVES, PHASES, Bitmap, check_phase, lengths
+
+
+def operator(name: str, start: int, end: int, thread: Thread = MAIN) -> Activity:
+    lane = f"thread {thread[1]} (python)"
+    return Activity(name, start, end, "operator", lane, -1, None, thread)
+
+
+def test_on_a_cpu_a_marked_move_communicates_even_while_it_sleeps() -> None:
+    """The main thread computes to 40, then waits; the other thread's move lasts from 10 to 70."""
+    trace = Trace(
+        "t",
+        (operator("aten::mm", 0, 40), operator("gloo:all_to_all", 20, 30, MOVES)),
+        (
+            Annotation("mlp(B) layer 1", 0, 100, MAIN),
+            Annotation("dispatch(F) layer 3", 10, 70, MOVES),
+            Annotation("wait dispatch(F) layer 3", 40, 70, MAIN),
+        ),
+        on_gpu=False,
+    )
+    report = analyse(trace)
+    assert report.window == (0, 70)
+    assert (report.totals.compute, report.totals.comm, report.totals.exposed) == (40, 60, 30)
+    move = next(phase for phase in report.phases if phase.name == "dispatch(F)")
+    assert (move.comm, move.exposed, move.behind) == (60, 30, {"mlp(B)": 30})
+    (stretch,) = report.exposed
+    assert (stretch.phase, stretch.layer, stretch.interval) == ("dispatch(F)", 3, (40, 70))
+    assert not report.on_gpu
+    assert report.sm_split is None
+    assert any("Operators of a CPU nest" in line for line in report.missing)
+
+
+@st.composite
+def cpu_thread(draw: st.DrawFn, thread: Thread) -> tuple[list[Activity], list[Annotation]]:
+    """Operators that overlap in any way, disjoint phases, and a wait."""
+    names = st.sampled_from(["aten::mm", "gloo:all_to_all", "gloo:barrier", "zorp"])
+    places = lengths.map(lambda one: (one[0], sum(one)))
+    operators = draw(st.lists(st.tuples(names, places), min_size=1, max_size=6))
+    cuts = sorted(draw(st.sets(st.integers(0, 80), max_size=6)))
+    phases = draw(st.lists(st.sampled_from(PHASES), min_size=3, max_size=3))
+    marks = [
+        Annotation(name, start, end, thread)
+        for name, start, end in zip(phases, cuts[::2], cuts[1::2], strict=False)
+    ]
+    for start, end in draw(st.lists(places, max_size=1)):
+        marks.append(Annotation("wait mlp(F)", start, end, thread))
+    return [operator(name, *place, thread) for name, place in operators], marks
+
+
+@settings(deadline=None)
+@given(cpu_thread(MAIN), cpu_thread(MOVES))
+def test_every_number_of_a_cpus_threads_is_exact(
+    main: tuple[list[Activity], list[Annotation]], moves: tuple[list[Activity], list[Annotation]]
+) -> None:
+    everything, by_phase = Bitmap(), {"": Bitmap()}
+    for operators, marks in (main, moves):
+        ops = Bitmap()
+        kinds = {"gloo:all_to_all": ops.transfer, "gloo:barrier": ops.wait}
+        for one in operators:
+            kinds.get(one.name, ops.compute).update(range(one.start, one.end))
+        phase = {at: mark.name for mark in marks for at in range(mark.start, mark.end)}
+        pauses = {at for at in phase if phase[at].startswith("wait ")}
+        phase |= {
+            at: mark.name
+            for mark in marks
+            for at in range(mark.start, mark.end)
+            if mark.name in PHASES
+        }
+        waiting = ops.wait - ops.transfer
+        moving = {at for at, name in phase.items() if name in ("dispatch(F)", "combine(B)")}
+        transfer = ops.transfer | (moving - pauses - waiting)
+        done = Bitmap(ops.compute - transfer - waiting - pauses, transfer, waiting)
+        for at in range(100):
+            name = phase.get(at, "")
+            of_phase = by_phase.setdefault("" if name.startswith("wait ") else name, Bitmap())
+            for bitmap in (everything, of_phase):
+                for kind in ("compute", "transfer", "wait"):
+                    if at in getattr(done, kind):
+                        getattr(bitmap, kind).add(at)
+    activities = sorted(main[0] + moves[0], key=lambda one: (one.start, -one.end))
+    marks = sorted(main[1] + moves[1], key=lambda one: (one.start, -one.end))
+    trace = Trace("t", tuple(activities), tuple(marks), on_gpu=False)
+    report = analyse(trace, window=(0, 100))
+    totals = report.totals
+    assert (totals.compute, totals.comm) == (len(everything.compute), len(everything.comm))
+    assert totals.waiting == len(everything.wait - everything.transfer)
+    assert totals.exposed == len(everything.comm - everything.compute)
+    assert totals.idle == 100 - len(everything.comm | everything.compute)
+    for one in report.phases:
+        check_phase(one, by_phase.get(one.name, Bitmap()), by_phase, everything)
+    ran = {name for name, own in by_phase.items() if own.comm | own.compute}
+    assert ran - {""} <= {one.name for one in report.phases}
+
+
+def test_on_a_cpu_communication_and_waits_within_an_operator_do_not_compute() -> None:
+    trace = Trace(
+        "t",
+        (
+            operator("autograd::engine::evaluate_function: Exchange", 0, 100),
+            operator("c10d::allreduce_", 10, 30),
+            operator("aten::empty", 12, 14),
+            operator("gloo:barrier", 40, 50),
+        ),
+        (Annotation("wait F of stage 2, micro-batch 5", 60, 75, MAIN),),
+        on_gpu=False,
+    )
+    totals = analyse(trace).totals
+    assert (totals.compute, totals.comm, totals.waiting, totals.exposed) == (55, 30, 10, 30)
+    assert totals.idle == 15
+
+
+def test_on_a_cpu_time_belongs_to_the_innermost_phase_at_that_time() -> None:
+    """An operator that lasts over two phases is cut between them."""
+    trace = Trace(
+        "t",
+        (operator("aten::mm", 0, 100), operator("aten::add", 100, 120, MOVES)),
+        (Annotation("attn(B)", 10, 40, MAIN), Annotation("attn(W)", 40, 90, MAIN)),
+        on_gpu=False,
+    )
+    report = analyse(trace)
+    assert [(one.name, one.compute) for one in report.phases] == [("attn(B)", 30), ("attn(W)", 50)]
+    assert report.totals.compute == 120
