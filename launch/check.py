@@ -6,6 +6,7 @@ from ..model import partition
 from ..parallel.schedule import Schedule
 from .config import Config
 from .data import Corpus, open_corpus
+from .overlap import check_overlap
 from .ramps import microbatches
 from .schedules import find_schedule
 from .settings import ConfigError
@@ -20,6 +21,7 @@ def check(config: Config) -> None:
     """
     check_sizes(config)
     _check_backend(config)
+    _check_sms(config)
     open_data(config)
     if config.data.kind == "tokens":
         require_ids(config.data.path)
@@ -49,6 +51,8 @@ def check_sizes(config: Config) -> None:
         raise ConfigError(
             f"schedule.name={config.schedule.name} on mesh.pp={mesh.pp} ranks: {error}"
         ) from None
+    check_overlap(config, schedules.values())
+    _check_profile(config)
     if config.data.sequence_length > model.max_position_embeddings:
         raise ConfigError(
             f"data.sequence_length={config.data.sequence_length} is more than "
@@ -80,6 +84,41 @@ def _check_deep_ep(config: Config) -> None:
             f"dispatch.backend=deep_ep moves bfloat16, and train.dtype={config.train.dtype} would "
             "be rounded, which dispatch.payload=exact does not allow; set the payload to bf16 or "
             "fp8"
+        )
+
+
+def _check_profile(config: Config) -> None:
+    """Raise if a step or a rank is to be recorded that this run does not have."""
+    profile, steps, world = config.profile, config.train.steps, config.mesh.world_size
+    if profile.stretches and profile.stretches[-1].last > steps:
+        raise ConfigError(
+            f"profile.steps={profile.steps}: the run has train.steps={steps}; name steps from 1 to "
+            f"{steps}, or raise train.steps"
+        )
+    if profile.recording is not None and profile.recording[-1].last >= world:
+        raise ConfigError(
+            f"profile.ranks={profile.ranks}: the mesh has {world} ranks; name ranks from 0 to "
+            f"{world - 1}, or all"
+        )
+
+
+def _check_sms(config: Config) -> None:
+    """Raise if a number of SMs is given where nothing could heed it."""
+    given = config.dispatch.num_sms
+    if given is None:
+        return
+    if config.mesh.ep == 1:
+        raise ConfigError(
+            f"dispatch.num_sms={given} with mesh.ep=1: there is nobody to exchange tokens with; "
+            "raise mesh.ep or leave dispatch.num_sms out"
+        )
+    from .torchrun import choose_device
+
+    processes = config.run.nproc or config.mesh.world_size
+    if choose_device(config.run.device, processes) == "cpu":
+        raise ConfigError(
+            f"dispatch.num_sms={given} on the CPU: only DeepEP and NCCL, on GPUs, can be kept to "
+            "some SMs; leave it out, or set run.device to cuda"
         )
 
 

@@ -29,6 +29,7 @@ def make_experts(config: Config, mesh: Mesh) -> Dispatcher[Any]:
             hidden=config.model.hidden_size,
             top_k=config.model.num_experts_per_tok,
             timeout_s=config.run.timeout_s,
+            num_sms=wanted.num_sms,
         )
     except ValueError as error:
         raise ConfigError(f"dispatch.backend={wanted.backend}: {error}") from None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
@@ -142,6 +143,8 @@ def _profiler(device: torch.device) -> profile:
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
+    else:  # without a GPU it has nothing to tell, and tells it at every start
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     # Dispatch and gloo have threads of their own, which the profiler otherwise leaves out.
     everyone = _ExperimentalConfig(profile_all_threads=True)
     return profile(activities=activities, experimental_config=everyone)

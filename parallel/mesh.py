@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ..comm.topology import gather_topology, warn_of_spread
 from ..comm.waiting import WaitBoard
@@ -232,7 +232,12 @@ class Mesh:
         return {ranks: group for ranks, group in found if group is not None}
 
     def group_among(
-        self, sets: Iterable[tuple[int, ...]], purpose: str, *, timeout_s: float = 300.0
+        self,
+        sets: Iterable[tuple[int, ...]],
+        purpose: str,
+        *,
+        timeout_s: float = 300.0,
+        most_blocks: int | None = None,
     ) -> ProcessGroup | None:
         """This rank's process group among these sets of global ranks, which share no rank.
 
@@ -242,18 +247,22 @@ class Mesh:
             sets: each ascending, the same on all ranks.
             purpose: groups of different purposes are different, even of the same ranks.
             timeout_s: limit of every collective in the groups, seconds.
+            most_blocks: that a kernel of NCCL launches in them, each of which takes an SM; None
+                leaves it to NCCL. A group of another number is another group.
 
         Returns:
             None where this rank is alone in its set, or in none.
         """
         every = sorted(set(sets))
+        if most_blocks is not None:
+            purpose = f"{purpose}, of {most_blocks} blocks"
         key = (purpose, next((ranks for ranks in every if self.rank in ranks), ()))
         if key not in self._made:
-            self._made[key] = self._make_group(every, timeout_s)
+            self._made[key] = self._make_group(every, timeout_s, most_blocks)
         return self._made[key]
 
     def _make_group(
-        self, every: Iterable[tuple[int, ...]], timeout_s: float
+        self, every: Iterable[tuple[int, ...]], timeout_s: float, most_blocks: int | None = None
     ) -> ProcessGroup | None:
         """Make a group of each of these, none of one rank; returns the one that this rank is in."""
         import torch.distributed as dist
@@ -263,14 +272,27 @@ class Mesh:
             return None
         # Headers of CUDA transfers are CPU tensors, which need gloo beside NCCL.
         backend = "cpu:gloo,cuda:nccl" if dist.get_backend() == "nccl" else None
+        options = None if most_blocks is None else _nccl_options(most_blocks, timeout_s)
         mine = None
         # Every rank makes every group, in one order: new_group is a collective of the world.
         for ranks in several:
             limit = timedelta(seconds=timeout_s)
-            made = dist.new_group(list(ranks), timeout=limit, backend=backend)
+            made = dist.new_group(
+                list(ranks), timeout=limit, backend=backend, pg_options=options
+            )
             if self.rank in ranks:  # elsewhere `made` is a mark, not a group
                 mine = cast("ProcessGroup", made)
         return mine
+
+
+def _nccl_options(most_blocks: int, timeout_s: float) -> Any:
+    """Options of a process group of NCCL whose kernels launch so many blocks at most."""
+    from torch.distributed import ProcessGroupNCCL  # pyright: ignore[reportAttributeAccessIssue]
+
+    options = ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    options.config.max_ctas = most_blocks
+    return options
 
 
 def _require_size(what: str, size: object) -> None:

@@ -104,9 +104,10 @@ class Options:
     hidden: int | None = None
     top_k: int | None = None
     timeout_s: float = 300.0
+    num_sms: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("alignment", "chunks", "node_limit", "hidden", "top_k"):
+        for name in ("alignment", "chunks", "node_limit", "hidden", "top_k", "num_sms"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number from 1 up, got {value!r}")

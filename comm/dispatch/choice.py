@@ -38,6 +38,7 @@ def dispatcher(
     hidden: int | None = None,
     top_k: int | None = None,
     timeout_s: float = 300.0,
+    num_sms: int | None = None,
 ) -> Dispatcher[Any]:
     """The dispatcher called `name`, over the expert-parallel group of `mesh`.
 
@@ -64,10 +65,14 @@ def dispatcher(
             takes nothing that would refuse them later.
         timeout_s: limit of every wait for peers, seconds. (A GPU waits by its stream, whose limit
             is that of the process group: `Mesh.create`'s.)
+        num_sms: most SMs of a GPU that communication takes: those of DeepEP's kernels, or the
+            blocks (CTAs) of NCCL's, which gets process groups of its own for it; None leaves it to
+            the library.
 
     Raises:
         ValueError: unknown name, experts that do not divide among the ranks, a group that lies
-            unevenly on its nodes with "two_hop", or DeepEP where it cannot be used.
+            unevenly on its nodes with "two_hop", DeepEP where it cannot be used, or `num_sms` where
+            ranks do not speak NCCL.
     """
     known = get_args(DispatcherName)
     if name not in known:
@@ -86,7 +91,7 @@ def dispatcher(
             f"the layout is of {layout.num_experts} experts, num_experts is {num_experts}"
         )
     options = Options(
-        Payload(payload), alignment, node_limit, chunks, check, hidden, top_k, timeout_s
+        Payload(payload), alignment, node_limit, chunks, check, hidden, top_k, timeout_s, num_sms
     )
     _require_alike(mesh, name, layout, options)
     why = "asked for by name"
@@ -103,7 +108,8 @@ def _require_alike(mesh: Mesh, name: str, layout: ExpertLayout, options: Options
     """Raise ValueError on all ranks of an expert group where one asks for something else."""
     mine = {"name": name, "num_experts": layout.num_experts, "layout": layout.slots}
     mine |= {"payload": options.payload.name}
-    names = ("alignment", "node_limit", "chunks", "check", "hidden", "top_k", "timeout_s")
+    names = ("alignment", "node_limit", "chunks", "check", "hidden", "top_k", "timeout_s",
+             "num_sms")  # fmt: skip
     mine |= {option: getattr(options, option) for option in names}
     ranks = mesh.shape.ep_peers(mesh.rank)
     every = gather(mine, mesh.ep_group, "a dispatcher's options", board=mesh.waits)
@@ -162,8 +168,12 @@ def _make(name: str, mesh: Mesh, layout: ExpertLayout, options: Options) -> Disp
         return DeepEP(mesh, layout, options)
     ranks = mesh.shape.ep_peers(mesh.rank)
     require_groups(mesh)
-    sequence = lane_of(mesh).sequence
-    everyone = Peers(mesh.ep_group, ranks, mesh.rank, options.timeout_s, sequence)
+    _require_sms(mesh, options)
+    if options.num_sms is None:
+        sequence = lane_of(mesh).sequence
+        everyone = Peers(mesh.ep_group, ranks, mesh.rank, options.timeout_s, sequence)
+    else:
+        everyone = _peers(mesh, _groups(mesh), "dispatch", options)
     make = partial(Hops, name, mesh, layout, options, everyone=everyone)
     if name != "two_hop":
         return make(grid=NodeGrid.one_node(len(ranks)), each_choice=name == "flat")
@@ -177,9 +187,20 @@ def _make(name: str, mesh: Mesh, layout: ExpertLayout, options: Options) -> Disp
         rails += list(zip(*rows, strict=True))
     return make(
         grid=grids[groups.index(ranks)],
-        rail=_peers(mesh, rails, "dispatch over a rail", options.timeout_s),
-        node=_peers(mesh, nodes, "dispatch within a node", options.timeout_s),
+        rail=_peers(mesh, rails, "dispatch over a rail", options),
+        node=_peers(mesh, nodes, "dispatch within a node", options),
     )
+
+
+def _require_sms(mesh: Mesh, options: Options) -> None:
+    """Raise if a number of SMs is asked for that neither DeepEP nor NCCL is there to heed."""
+    if options.num_sms is None or mesh.ep_group is None:
+        return
+    if "cuda:nccl" not in dist.get_backend_config(mesh.ep_group):
+        raise ValueError(
+            f"num_sms={options.num_sms}: only DeepEP and NCCL, on GPUs, can be kept to some SMs, "
+            "and these ranks do not speak NCCL with each other; leave num_sms out"
+        )
 
 
 def _groups(mesh: Mesh) -> list[tuple[int, ...]]:
@@ -200,7 +221,8 @@ def _grid(mesh: Mesh, ranks: tuple[int, ...]) -> NodeGrid:
     return grid
 
 
-def _peers(mesh: Mesh, sets: list[tuple[int, ...]], purpose: str, timeout_s: float) -> Peers:
+def _peers(mesh: Mesh, sets: list[tuple[int, ...]], purpose: str, options: Options) -> Peers:
     mine = next(ranks for ranks in sets if mesh.rank in ranks)
-    group = mesh.group_among(sets, purpose, timeout_s=timeout_s)
-    return Peers(group, mine, mesh.rank, timeout_s, lane_of(mesh).sequence)
+    limit_s, most = options.timeout_s, options.num_sms
+    group = mesh.group_among(sets, purpose, timeout_s=limit_s, most_blocks=most)
+    return Peers(group, mine, mesh.rank, limit_s, lane_of(mesh).sequence)

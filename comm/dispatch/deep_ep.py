@@ -82,9 +82,11 @@ class DeepEP(Dispatcher[DeepEPHandle]):
         if version is versions.Elastic:
             limit = options.node_limit
             limited = limit is not None and limit < self._grid.num_nodes
-            self._exchange = versions.Elastic(*settings, group_limited=limited)
+            self._exchange = versions.Elastic(
+                *settings, num_sms=options.num_sms, group_limited=limited
+            )
         else:
-            self._exchange = versions.Legacy(*settings)
+            self._exchange = versions.Legacy(*settings, num_sms=options.num_sms)
         self._plan = Plan(self._grid, self._ep_rank, layout.slots_per_rank, 1)
         self._rank = mesh.rank
         self._ep_peers = mesh.shape.ep_peers(mesh.rank)

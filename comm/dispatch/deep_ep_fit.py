@@ -110,6 +110,7 @@ def suitable(mesh: Mesh, layout: ExpertLayout, options: Options) -> Version:
         _against_gpu(library, capability, ranks, payload),
         filling(),
         version.refusal(ranks, payload, options.hidden, options.top_k),
+        _against_sms(options.num_sms),
     )
     for reason in reasons:
         if reason is not None:
@@ -158,6 +159,12 @@ def _against_group(
         if grid.ranks_per_node != min(Legacy.NODE, ranks):
             return f"DeepEP V1 takes {Legacy.NODE} ranks for a node, here are {grid.ranks_per_node}"
     return None
+
+
+def _against_sms(num_sms: int | None) -> str | None:
+    if num_sms is None or num_sms % 2 == 0:
+        return None
+    return f"DeepEP takes SMs in pairs, and num_sms={num_sms} is odd: give {num_sms + 1}"
 
 
 def _against_gpu(

@@ -57,6 +57,7 @@ class Exchange(ABC):
         group: the expert group, in the order of its ranks.
         num_slots: P.
         timeout_s: limit of its waits, as far as it takes one.
+        num_sms: of a GPU, that its kernels take; None leaves it to DeepEP.
 
     Attributes:
         version: how it is called.
@@ -69,12 +70,19 @@ class Exchange(ABC):
     most_hidden: ClassVar[int | None] = None
 
     def __init__(
-        self, library: Any, group: dist.ProcessGroup, num_slots: int, timeout_s: float
+        self,
+        library: Any,
+        group: dist.ProcessGroup,
+        num_slots: int,
+        timeout_s: float,
+        *,
+        num_sms: int | None = None,
     ) -> None:
         self._library = library
         self._group = group
         self._num_slots = num_slots
         self._timeout_s = timeout_s
+        self._wanted_sms = num_sms
         self._index_dtype: torch.dtype = getattr(library, "topk_idx_t", torch.int64)
         self._buffer: Any = None
 
@@ -174,7 +182,10 @@ class Legacy(Exchange):
         del num_tokens, top_k, payload  # rows pass through in chunks; FP8 ones are smaller
         row, ranks = hidden * torch.bfloat16.itemsize, self._group.size()
         kind = self._library.Buffer
+        if self._wanted_sms is not None:
+            kind.set_num_sms(self._wanted_sms)  # what it then proposes is for so many
         configs = (kind.get_dispatch_config(ranks), kind.get_combine_config(ranks))
+        self._configs = configs
         nvlink = max(config.get_nvl_buffer_size_hint(row, ranks) for config in configs)
         rdma = max(config.get_rdma_buffer_size_hint(row, ranks) for config in configs)
         buffer = self._buffer
@@ -199,7 +210,11 @@ class Legacy(Exchange):
         layout: dict[str, Tensor | None],
     ) -> Received:
         rows, local_MK, weights_MK, _, handle, _ = self._buffer.dispatch(
-            _payload(parts), topk_idx=indices_TK, topk_weights=weights_TK, **layout
+            _payload(parts),
+            topk_idx=indices_TK,
+            topk_weights=weights_TK,
+            config=self._configs[0],
+            **layout,
         )
         route = self.Route(handle, indices_TK, layout)
         return Received(_parts(rows), local_MK.long(), weights_MK, route)
@@ -210,13 +225,17 @@ class Legacy(Exchange):
         if weights_TK is not None:  # a handle carries none
             found = self._dispatch(parts, route.indices_TK, weights_TK, route.layout)
             return found.parts, found.weights_MK
-        rows, *_ = self._buffer.dispatch(_payload(parts), handle=route.handle)
+        config = self._configs[0]
+        rows, *_ = self._buffer.dispatch(_payload(parts), handle=route.handle, config=config)
         return _parts(rows), None
 
     def gather(
         self, rows_MH: Tensor, weights_MK: Tensor | None, route: Any
     ) -> tuple[Tensor, Tensor | None]:
-        y, weights, _ = self._buffer.combine(rows_MH, route.handle, topk_weights=weights_MK)
+        config = self._configs[1]
+        y, weights, _ = self._buffer.combine(
+            rows_MH, route.handle, topk_weights=weights_MK, config=config
+        )
         return y, weights
 
 
@@ -238,9 +257,10 @@ class Elastic(Exchange):
         num_slots: int,
         timeout_s: float,
         *,
+        num_sms: int | None = None,
         group_limited: bool,
     ) -> None:
-        super().__init__(library, group, num_slots, timeout_s)
+        super().__init__(library, group, num_slots, timeout_s, num_sms=num_sms)
         self._group_limited = group_limited
         self._most_tokens = 0
         self._num_sms: dict[int, int] = {}  # by the number of choices
@@ -278,7 +298,7 @@ class Elastic(Exchange):
     def spread(self, parts: list[Tensor], slots_TK: Tensor, weights_TK: Tensor) -> Received:
         top_k = slots_TK.shape[1]
         if top_k not in self._num_sms:
-            self._num_sms[top_k] = self._agree_on_sms(top_k)
+            self._num_sms[top_k] = self._wanted_sms or self._agree_on_sms(top_k)
         rows, local_MK, weights_MK, handle, _ = self._buffer.dispatch(
             _payload(parts),
             topk_idx=slots_TK.to(self._index_dtype).contiguous(),

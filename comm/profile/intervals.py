@@ -49,7 +49,6 @@ def intersection(a: Sequence[Interval], b: Sequence[Interval]) -> list[Interval]
                 there += 1
                 if end > first:
                     shared.append((max(start, first), min(end, last)))
-            there = max(there - 1, 0)
         return shared
     while here < len(a) and there < len(b):
         start = max(a[here][0], b[there][0])

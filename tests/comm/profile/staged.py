@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from counterflow.comm.profile.against import against
+from counterflow.comm.profile.analyse import analyse
+from counterflow.comm.profile.comparison import Comparison
 from counterflow.comm.profile.simulated import Simulated, SimulatedAction, SimulatedPhase
 from counterflow.comm.profile.trace import Activity, Annotation, Thread, Trace
 from counterflow.parallel.schedule import build
@@ -164,3 +167,54 @@ def simulated_of(
             )
         )
     return Simulated("simulated.json", schedule, unit, result.makespan, tuple(rows))
+
+
+def ran_as_simulated(simulated: Simulated, *, dp: int = 1, delay: int = 5_000_000) -> list[Trace]:
+    ranks = simulated.num_ranks * dp
+    return [
+        gpu_trace([as_simulated(simulated, rank // dp, delay=delay)], rank=rank, world_size=ranks)
+        for rank in range(ranks)
+    ]
+
+
+def simple(phases: bool = True, unit: str = "us") -> Simulated:
+    """One rank: F of 10 attention, 6 dispatch, 4 MLP; idle 5; W of 10."""
+    spans = (
+        SimulatedPhase("attn(F)", 0, "compute", 0.0, 10.0),
+        SimulatedPhase("dispatch(F)", 0, "communication", 10.0, 16.0),
+        SimulatedPhase("mlp(F)", 0, "compute", 16.0, 20.0),
+    )
+    weights = (SimulatedPhase("mlp(W)", 0, "compute", 25.0, 35.0),)
+    row = (
+        SimulatedAction("0F0", 0.0, 20.0, spans if phases else ()),
+        SimulatedAction("0W0", 25.0, 35.0, weights if phases else ()),
+    )
+    return Simulated("simple.json", "mine", unit, 35.0, (row,))
+
+
+def forward(start: int = 0, dispatch: int = 6000, notify: int = 0, gap: int = 0) -> Did:
+    """The forward of `simple`, with a dispatch of other length, and something before it."""
+    sent = start + 10_000 + gap
+    ran = [Ran("attn(F) layer 0", "compute", start, start + 10_000)]
+    if notify:
+        ran.append(Ran("dispatch(F) layer 0", "waiting", sent, sent + notify))
+    arrived = sent + notify + dispatch
+    ran.append(Ran("dispatch(F) layer 0", "communication", sent + notify, arrived))
+    return Did("0F0", [*ran, Ran("mlp(F) layer 0", "compute", arrived, arrived + 4000)])
+
+
+def weights(start: int) -> Did:
+    return Did("0W0", [Ran("mlp(W) layer 0", "compute", start, start + 10_000)])
+
+
+def compared(
+    simulated: Simulated, traces: Sequence[Trace], offsets: Sequence[int] | None = None
+) -> Comparison:
+    return against(simulated, traces, [analyse(trace) for trace in traces], offsets=offsets)
+
+
+def adds_up(found: Comparison) -> None:
+    for rank in found.ranks:
+        assert sum(part.difference for part in rank.parts) == rank.difference
+        assert sum(part.measured for part in rank.parts) == rank.measured
+        assert sum(part.simulated for part in rank.parts) == rank.simulated

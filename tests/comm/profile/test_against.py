@@ -1,15 +1,12 @@
 """A measured run beside its simulation: actions, phases, and what the difference consists of."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from counterflow.comm.profile.against import against
-from counterflow.comm.profile.analyse import analyse
 from counterflow.comm.profile.comparison import (
     AFTER,
     BEFORE,
@@ -22,38 +19,19 @@ from counterflow.comm.profile.comparison import (
     Part,
 )
 from counterflow.comm.profile.simulated import Simulated, SimulatedAction, SimulatedPhase
-from counterflow.comm.profile.trace import Activity, Annotation, Thread, Trace
 from tests.comm.profile.staged import (
-    MAIN,
-    MOVES,
     Did,
     Ran,
+    adds_up,
     as_simulated,
+    compared,
+    forward,
     gpu_trace,
+    ran_as_simulated,
+    simple,
     simulated_of,
+    weights,
 )
-
-
-def compared(
-    simulated: Simulated, traces: Sequence[Trace], offsets: Sequence[int] | None = None
-) -> Comparison:
-    return against(simulated, traces, [analyse(trace) for trace in traces], offsets=offsets)
-
-
-def ran_as_simulated(simulated: Simulated, *, dp: int = 1, delay: int = 5_000_000) -> list[Trace]:
-    ranks = simulated.num_ranks * dp
-    return [
-        gpu_trace([as_simulated(simulated, rank // dp, delay=delay)], rank=rank, world_size=ranks)
-        for rank in range(ranks)
-    ]
-
-
-def adds_up(found: Comparison) -> None:
-    for rank in found.ranks:
-        assert sum(part.difference for part in rank.parts) == rank.difference
-        assert sum(part.measured for part in rank.parts) == rank.measured
-        assert sum(part.simulated for part in rank.parts) == rank.simulated
-
 
 # What must add up
 
@@ -163,36 +141,6 @@ def part_of(found: Comparison, kind: str, part: str, phase: str, rank: int = 0) 
     (of,) = (one for one in found.ranks if one.rank == rank)
     (one,) = (p for p in of.parts if (p.kind, p.part, p.phase) == (kind, part, phase))
     return one
-
-
-def simple(phases: bool = True, unit: str = "us") -> Simulated:
-    """One rank: F of 10 attention, 6 dispatch, 4 MLP; idle 5; W of 10."""
-    spans = (
-        SimulatedPhase("attn(F)", 0, "compute", 0.0, 10.0),
-        SimulatedPhase("dispatch(F)", 0, "communication", 10.0, 16.0),
-        SimulatedPhase("mlp(F)", 0, "compute", 16.0, 20.0),
-    )
-    weights = (SimulatedPhase("mlp(W)", 0, "compute", 25.0, 35.0),)
-    row = (
-        SimulatedAction("0F0", 0.0, 20.0, spans if phases else ()),
-        SimulatedAction("0W0", 25.0, 35.0, weights if phases else ()),
-    )
-    return Simulated("simple.json", "mine", unit, 35.0, (row,))
-
-
-def forward(start: int = 0, dispatch: int = 6000, notify: int = 0, gap: int = 0) -> Did:
-    """The forward of `simple`, with a dispatch of other length, and something before it."""
-    sent = start + 10_000 + gap
-    ran = [Ran("attn(F) layer 0", "compute", start, start + 10_000)]
-    if notify:
-        ran.append(Ran("dispatch(F) layer 0", "waiting", sent, sent + notify))
-    arrived = sent + notify + dispatch
-    ran.append(Ran("dispatch(F) layer 0", "communication", sent + notify, arrived))
-    return Did("0F0", [*ran, Ran("mlp(F) layer 0", "compute", arrived, arrived + 4000)])
-
-
-def weights(start: int) -> Did:
-    return Did("0W0", [Ran("mlp(W) layer 0", "compute", start, start + 10_000)])
 
 
 def test_a_slow_phase_is_the_first_thing_said() -> None:
@@ -328,216 +276,3 @@ def test_the_sentences_of_a_row_add_up_to_its_difference() -> None:
     assert len(sums) == 9, "eight parts and the rest"
     assert "each of them smaller" in found.findings[-1]
     assert sum(sums) * 1e6 == pytest.approx(found.ranks[0].difference, rel=0.002)  # 4 digits each
-
-
-# Lining up
-
-
-def test_training_steps_are_told_apart_by_marks_or_by_their_actions() -> None:
-    steps = [
-        [forward(at, dispatch=dispatch), weights(at + 50_000)]
-        for at, dispatch in ((0, 6000), (100_000, 9000), (200_000, 30_000))
-    ]
-    for marks_steps in (True, False):
-        found = compared(simple(), [gpu_trace(steps, marks_steps=marks_steps)])
-        assert (found.steps, found.missing) == (3, ())
-        assert (found.actions[0].measured, found.actions[0].starts) == (23_000, (0, 0))
-        (dispatch,) = (phase for phase in found.phases if phase.name == "dispatch(F)")
-        assert (dispatch.measured, dispatch.count) == (9000, 3)
-        assert found.ranks[0].measured == 60_000
-        adds_up(found)
-
-
-@pytest.mark.parametrize(("marks_steps", "named"), [(True, "ProfilerStep#5"), (False, "2")])
-def test_the_step_of_median_length_is_taken_apart(marks_steps: bool, named: str) -> None:
-    steps = [
-        [forward(at), weights(at + gap)] for at, gap in ((0, 30), (10**6, 90_000), (10**7, 60_000))
-    ]
-    found = compared(simple(), [gpu_trace(steps, marks_steps=marks_steps)])
-    assert (found.ranks[0].step, found.ranks[0].measured) == (named, 70_000)
-
-
-def test_only_what_lies_in_the_window_counts() -> None:
-    steps = [[forward(at), weights(at + 25_000)] for at in (0, 100_000)]
-    trace = gpu_trace(steps)
-    found = against(simple(), [trace], [analyse(trace, window=(90_000, 200_000))])
-    assert found.steps == 1
-    assert found.ranks[0].measured == 35_000
-
-
-def test_what_is_on_one_side_only_is_listed_and_the_rest_compared() -> None:
-    trace = gpu_trace([[forward(), Did("0F1", [Ran("", "compute", 20_000, 22_000)])]])
-    found = compared(simple(), [trace])
-    assert found.missing == (
-        "rank 0: 1 simulated actions are not in the trace: 0W0",
-        "rank 0: 1 actions of the trace were not simulated: 0F1",
-    )
-    assert (found.ranks[0].measured, found.ranks[0].simulated) == (20_000, 20_000)
-
-
-def test_a_step_that_broke_off_is_left_out() -> None:
-    whole = [[forward(at), weights(at + 25_000)] for at in (0, 100_000)]
-    found = compared(simple(), [gpu_trace([*whole, [forward(200_000)]])])
-    assert found.steps == 2
-    assert found.missing == ("rank 0: training step 2 lacks 1 actions and is left out",)
-
-
-def test_another_order_is_told() -> None:
-    found = compared(simple(), [gpu_trace([[weights(0), forward(15_000)]])])
-    assert found.missing == ("rank 0: it ran 0W0 where 0F0 was simulated: another order",)
-    adds_up(found)
-
-
-def test_a_simulation_without_unit_is_fitted_to_the_median_action() -> None:
-    trace = gpu_trace([[forward(), weights(25_000)]])
-    found = compared(simple(unit=""), [trace])
-    assert (found.fitted, found.ns_per_unit) == (True, 1000)
-    assert found.ranks[0].difference == 0
-
-
-def test_pipeline_ranks_without_a_trace_and_traces_without_actions_are_told() -> None:
-    simulated = simulated_of("1f1b", ranks=4, microbatches=4)
-    traces = ran_as_simulated(simulated)
-    bare = replace(traces[3], annotations=())
-    found = compared(simulated, [traces[0], bare])
-    assert found.missing == (
-        "1 of 2 traces mark no actions such as 0F3 and are left out",
-        "pipeline rank 1, 2, 3: simulated, but no trace of it is compared",
-    )
-    untold = [replace(trace, world_size=None) for trace in traces]
-    assert "rank 2: the trace does not say how many ranks" in compared(simulated, untold).missing[2]
-
-
-def test_what_cannot_be_compared_is_refused_with_the_reason() -> None:
-    simulated = simulated_of("1f1b", ranks=4, microbatches=4)
-    traces = ran_as_simulated(simulated)
-    with pytest.raises(ValueError, match="4 pipeline ranks were simulated, and the run had 6"):
-        compared(simulated, [replace(traces[0], world_size=6)])
-    with pytest.raises(ValueError, match=r"rank3\.json"):
-        compared(simulated, [replace(traces[0], rank=None)])
-    with pytest.raises(ValueError, match="of rank 5 and does not say how many"):
-        compared(simulated, [replace(traces[0], rank=5, world_size=None)])
-    with pytest.raises(ValueError, match=r"no simulated action is in the trace, .* 7F7; simulate"):
-        compared(simple(), [gpu_trace([[Did("7F7", weights(0).ran)]])])
-    with pytest.raises(ValueError, match="there is no trace"):
-        compared(simple(), [])
-    with pytest.raises(ValueError, match="neither actions such as 0F3 nor phases"):
-        compared(simple(), [gpu_trace([[Did("", [Ran("", "compute", 0, 5)])]])])
-    bare = gpu_trace([[Did("", forward().ran)]])
-    with pytest.raises(ValueError, match=r"only phases, and the simulation has none; .*\[phases\]"):
-        compared(simple(phases=False), [bare])
-    other = gpu_trace([[Did("", [Ran("shared(F) layer 0", "compute", 0, 5)])]])
-    with pytest.raises(ValueError, match=r"none of the traces' phases .*: shared\(F\)"):
-        compared(simple(), [other])
-
-
-# Other traces
-
-
-def test_a_trace_of_phases_alone_is_compared_with_simulated_pairs() -> None:
-    simulated = simulated_of(ranks=2, microbatches=4)
-    pair = next(did for did in as_simulated(simulated, 0) if did.name.startswith("("))
-    length = max(ran.end for ran in pair.ran) - min(ran.start for ran in pair.ran)
-    bare = [Ran(ran.phase.partition(" layer")[0], *ran[1:]) for ran in pair.ran]
-    trace = gpu_trace(
-        [
-            [Did("1F1B", bare)],
-            [Did("1F1B", [r._replace(start=r.start + 10**8, end=r.end + 10**8) for r in bare])],
-        ]
-    )
-    found = compared(simulated, [trace])
-    assert found.missing == (
-        "the traces mark no actions such as 0F3, so phases alone are compared",
-    )
-    assert (found.actions, found.kinds, found.steps) == ((), (), 0)
-    assert (found.ranks[0].measured, found.ranks[0].simulated) == (length, length)
-    assert all(part.difference == 0 for part in found.ranks[0].parts)
-    assert len(found.phases) == 10
-    assert all(phase.ratio == 1 and phase.count == 4 for phase in found.phases)
-    assert found.pair == (length // 2, length // 2)
-    unknown = compared(replace(simulated, unit=""), [trace])
-    assert (unknown.fitted, unknown.ns_per_unit) == (True, pytest.approx(1))
-    slow = [
-        ran._replace(end=ran.end + 50_000) if ran.phase == "combine(F)" else ran for ran in bare
-    ]
-    found = compared(simulated, [gpu_trace([[Did("1F1B", slow)]])])
-    (told,) = (line for line in found.findings if line.startswith("combine(F) took"))
-    assert told.startswith("combine(F) took 1.54x its simulated time: 0.143 ms a layer")
-    adds_up(found)
-    assert found.ranks[0].measured > length
-
-
-def test_pairs_of_other_depth_are_compared_by_the_layer_and_the_remedy_told() -> None:
-    simulated = simulated_of(ranks=2, microbatches=4)
-    pair = next(did for did in as_simulated(simulated, 0) if did.name.startswith("("))
-    first = [
-        Ran(ran.phase.removesuffix(" layer 0"), *ran[1:])
-        for ran in pair.ran
-        if ran.phase.endswith(" 0")
-    ]
-    found = compared(simulated, [gpu_trace([[Did("1F1B", first)]])])
-    assert found.ranks == ()
-    assert found.pair is not None
-    assert found.pair[0] == max(ran.end for ran in first) - min(ran.start for ran in first)
-    assert found.missing[1].startswith("pairs of 1 layers were measured and none of as many")
-
-
-def test_on_a_cpu_a_marked_action_lasts_from_its_first_work_to_its_end() -> None:
-    def mark(name: str, start: int, end: int, thread: Thread = MAIN) -> Annotation:
-        return Annotation(name, start, end, thread)
-
-    def operator(name: str, start: int, end: int, thread: Thread = MAIN) -> Activity:
-        lane = f"thread {thread[1]}"
-        return Activity(name, start, end, "operator", lane, -1, None, thread)
-
-    trace = Trace(
-        source="cpu.json",
-        activities=(
-            operator("aten::mm", 5100, 15_000),
-            operator("gloo:all_to_all", 15_000, 21_000, MOVES),
-            operator("aten::mm", 22_000, 26_000),
-            operator("aten::mm", 30_000, 40_000),
-        ),
-        annotations=(
-            mark("0F0", 0, 26_000),
-            mark("wait F of stage 2, micro-batch 0", 100, 5000),
-            mark("attn(F) layer 0", 5100, 15_000),
-            mark("dispatch(F) layer 0", 15_000, 21_000, MOVES),
-            mark("wait dispatch(F) layer 0", 15_000, 22_000),
-            mark("mlp(F) layer 0", 22_000, 26_000),
-            mark("0W0", 30_000, 40_000),
-            mark("mlp(W) layer 0", 30_000, 40_000),
-        ),
-        on_gpu=False,
-        rank=0,
-        world_size=1,
-    )
-    found = compared(simple(), [trace])
-    assert [(a.name, a.measured) for a in found.actions] == [("0F0", 21_000), ("0W0", 10_000)]
-    assert {(p.kind, p.part, p.phase): p.measured for p in found.ranks[0].parts} == {
-        ("F", COMPUTING, "attn(F)"): 9900,
-        ("F", TRANSFER, "dispatch(F)"): 6000,
-        ("F", WAITING, "dispatch(F)"): 1000,
-        ("F", COMPUTING, "mlp(F)"): 4000,
-        ("F", STANDING, ""): 100,
-        (BETWEEN, STANDING, ""): 4000,
-        ("W", COMPUTING, "mlp(W)"): 10_000,
-    }
-    adds_up(found)
-    (dispatch,) = (phase for phase in found.phases if phase.name == "dispatch(F)")
-    assert (dispatch.measured, dispatch.waiting, dispatch.count) == (6000, 0, 1)
-
-
-def test_ranges_on_the_device_serve_where_launches_are_not_told() -> None:
-    marked = gpu_trace([[forward(), weights(25_000)]])
-    trace = replace(
-        marked,
-        activities=tuple(a._replace(launched=None, launcher=None) for a in marked.activities),
-        annotations=(
-            Annotation("0F0", 0, 16_000, None, "stream 7"),
-            Annotation("0F0", 10_000, 20_000, None, "stream 9"),
-            Annotation("0W0", 25_000, 35_000, None, "stream 7"),
-        ),
-    )
-    found = compared(simple(phases=False), [trace])
-    assert [(a.name, a.measured) for a in found.actions] == [("0F0", 20_000), ("0W0", 10_000)]

@@ -227,9 +227,9 @@ def test_without_kernels_operators_are_the_activities(reading: Any) -> None:
         )
         assert not trace.on_gpu
         assert trace.activities == (
-            Activity("aten::add", 4000, 5000, "operator", "thread 12", -1),
-            Activity("aten::linear", 5000, 9000, "operator", "autograd", -1),
-            Activity("aten::mul", 5000, 7000, "operator", "autograd", -1),
+            Activity("aten::add", 4000, 5000, "operator", "thread 12", -1, launcher=(10, 12)),
+            Activity("aten::linear", 5000, 9000, "operator", "autograd", -1, launcher=(10, 11)),
+            Activity("aten::mul", 5000, 7000, "operator", "autograd", -1, launcher=(10, 11)),
         )
         assert [each.thread for each in trace.annotations] == [(10, 11), (10, 12)]
         assert trace.missing == (

@@ -151,7 +151,7 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.fixed_dictionaries(dict.fromkeys(KEYS, ANYTHING)), max_size=8),
     st.fixed_dictionaries(
