@@ -110,7 +110,7 @@ def suitable(mesh: Mesh, layout: ExpertLayout, options: Options) -> Version:
         _against_gpu(library, capability, ranks, payload),
         filling(),
         version.refusal(ranks, payload, options.hidden, options.top_k),
-        _against_sms(options.num_sms),
+        _against_sms(version, options.num_sms),
     )
     for reason in reasons:
         if reason is not None:
@@ -161,10 +161,10 @@ def _against_group(
     return None
 
 
-def _against_sms(num_sms: int | None) -> str | None:
-    if num_sms is None or num_sms % 2 == 0:
+def _against_sms(version: Version, num_sms: int | None) -> str | None:
+    if num_sms is None or num_sms % 2 == 0 or version is Elastic:
         return None
-    return f"DeepEP takes SMs in pairs, and num_sms={num_sms} is odd: give {num_sms + 1}"
+    return f"DeepEP ({version.version}) takes SMs in pairs; give num_sms={num_sms + 1}"
 
 
 def _against_gpu(

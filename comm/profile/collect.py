@@ -58,6 +58,8 @@ _IDLE_CALLS = frozenset(
         "StreamWaitEvent",
     )
 )
+# What torch's backends for CPUs mark of the transfers that their own threads carry out.
+_TRANSFERS = ("gloo:", "mpi:", "ucc:")
 _ON_HOST, _ON_DEVICE = "user_annotation", "gpu_user_annotation"
 _OPERATORS = frozenset(("cpu_op", "Operator"))
 _COLLECTIVE_OPERATOR = "record_param_comms"  # c10d's; its arguments describe the collective
@@ -187,7 +189,10 @@ class Collector:
         if kind is not None:
             self._kernel(event, kind, name, start, start + length)
         elif category == _ON_HOST:
-            self._annotations.append(Annotation(name, start, start + length, self._thread(event)))
+            thread = self._thread(event)
+            self._annotations.append(Annotation(name, start, start + length, thread))
+            if self.operators and name.startswith(_TRANSFERS):
+                self._ops.append((name, start, start + length, thread))
         elif category == _ON_DEVICE:
             lane = self._stream(event.get("tid"))
             self._annotations.append(Annotation(name, start, start + length, None, lane))

@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 
 from .classify import Class, Rule, classify_all
-from .infer import infer_phases
+from .infer import phases_of
 from .kernel_table import COMMUNICATION
 from .matching import Collective
-from .phases import PHASE_PATTERN, Phases, Run, is_exchange, marked_phases
+from .phases import PHASE_PATTERN, Phases, Run, is_exchange
 from .trace import Activity, Trace
 
 # Between two ranks: the one's n-th is not the other's n-th.
@@ -31,9 +31,7 @@ def collectives_of(
     as "dispatch(F) layer 3", is one collective, whatever it consists of.
     """
     classes = classify_all((one.name for one in trace.activities), rules)
-    phases = marked_phases(trace, phase_pattern)
-    if not phases.runs and trace.on_gpu:
-        phases = infer_phases(trace, classes)
+    phases = phases_of(trace, classes, phase_pattern)
     found = _moves(phases) if not trace.on_gpu else []
     marked = bool(found)
     for activity, index in zip(trace.activities, phases.of, strict=True):

@@ -9,9 +9,9 @@ from itertools import repeat
 
 from .classify import Rule, classify_all
 from .comparison import COMPUTING, COPYING, TRANSFER, WAITING
-from .infer import infer_phases
+from .infer import phases_of
 from .kernel_table import COMMUNICATION, COMPUTE, COPY
-from .phases import is_wait, marked_phases
+from .phases import is_wait
 from .pieces import pieces_of
 from .rows import Action, Row, Run, row_of
 from .simulated import kind_of
@@ -43,9 +43,7 @@ def measured_runs(
         ValueError: the pattern is none.
     """
     classes = classify_all((activity.name for activity in trace.activities), rules)
-    phases = marked_phases(trace, phase_pattern)
-    if not phases.runs and trace.on_gpu:
-        phases = infer_phases(trace, classes)
+    phases = phases_of(trace, classes, phase_pattern)
     activities, indices = activities_within(trace.activities, phases.of, window)
     pieces = pieces_of(trace, activities, indices, classes, phases, window)
     # On a GPU there is a piece for each activity, in the same order.

@@ -76,7 +76,8 @@ class Phase:
         return self.comm - self.waiting
 
 
-class Kernels(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Kernels:
     """Activities of one name.
 
     Attributes:

@@ -212,6 +212,16 @@ def test_the_rank_may_stand_in_the_name_of_the_file(
     assert reading(event("kernel", "k", 1, 1), name=name).rank == rank
 
 
+def test_on_a_cpu_transfers_of_the_backends_own_threads_are_activities_too(reading: Any) -> None:
+    trace = reading(
+        event("cpu_op", "aten::mul", 5, 2),
+        event("user_annotation", "gloo:all_reduce", 4, 9) | {"tid": 12},
+        deviceProperties=[],
+    )
+    assert [one.name for one in trace.activities] == ["gloo:all_reduce", "aten::mul"]
+    assert trace.activities[0].launcher == (10, 12)
+
+
 def test_without_kernels_operators_are_the_activities(reading: Any) -> None:
     named = {"ph": "M", "name": "thread_name", "pid": 10, "tid": 11, "args": {"name": "autograd"}}
     for devices in ([], [{"id": 0, "name": "GPU"}]):
