@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..comm.profile.report import Exposed, Kernels, Phase, Report, Totals
@@ -151,7 +151,8 @@ def _kernels(kernels: Iterable[Kernels]) -> tuple[Kernels, ...]:
         blocks = [kernel.blocks for kernel in group if kernel.blocks is not None]
         sent = [kernel.sent_bytes for kernel in group if kernel.sent_bytes is not None]
         summed.append(
-            group[0]._replace(
+            replace(
+                group[0],
                 count=sum(kernel.count for kernel in group),
                 busy=sum(kernel.busy for kernel in group),
                 blocks=(min(b[0] for b in blocks), max(b[1] for b in blocks)) if blocks else None,

@@ -253,9 +253,9 @@ def simulate(schedule: Schedule, costs: Costs | Times) -> Result:
     A rank takes its steps in order. A step starts when the rank is free and all that its actions
     need has arrived: at once from the same rank; from another, once the message has had its turn on
     that rank's sending lane and `send` has passed. A pair is one
-    step: it starts when both its members can, and what both make is sent when it ends. (This
-    project's executor does not overlap pairs yet: it runs the forward, sends, and then waits for
-    what the backward needs.)
+    step: it starts when both its members can, and what both make is sent when it ends. (The
+    executor takes each message when the first phase that needs it is due, and sends the gradient
+    as soon as it is there.)
 
     Args:
         schedule: any schedule that verifies.
