@@ -50,6 +50,7 @@ bench: $(STAMP)
 	$(BIN)/python -m bench.simulate
 	$(BIN)/python -m bench.dispatch
 	$(BIN)/python -m bench.activation_memory
+	$(BIN)/python -m bench.overlap
 
 # A GPU machine brings its own torch, matched to its driver, and may have no network.
 gpu:

@@ -42,6 +42,7 @@ _SYSTEM_PATHS = ("/usr/sbin", "/sbin")  # not in everybody's PATH
 _QUEUE_BYTES = 64 << 20
 # tbf drops what is larger than its bucket: a loopback packet has 64 KiB and its headers.
 BUCKET_BYTES = 128 << 10
+_HEADER_BYTES = 14  # Ethernet's, which an mtu does not count
 
 
 class NetworkError(RuntimeError):
@@ -108,7 +109,12 @@ def counters(interface: str) -> Counters:
 
 @contextmanager
 def network(
-    num_hosts: int, *, link_mbit: float, local_mbit: float | None = None, mtu: int = 9000
+    num_hosts: int,
+    *,
+    link_mbit: float,
+    local_mbit: float | None = None,
+    mtu: int = 9000,
+    bucket_bytes: int = BUCKET_BYTES,
 ) -> Iterator[tuple[Host, ...]]:
     """Hosts on one switch, for as long as the context lasts.
 
@@ -119,6 +125,8 @@ def network(
         local_mbit: rate of each host's loopback, all its ranks together; None: as fast as it goes.
         mtu: largest IP packet of the links, bytes. A packet counted is a packet of this size at
             most: segments are not put together for the journey.
+        bucket_bytes: what a link that was idle carries at once before it keeps its rate. Smaller
+            than BUCKET_BYTES where messages are short and links often idle.
 
     Raises:
         ValueError: a size or a rate that cannot be.
@@ -128,16 +136,22 @@ def network(
         raise ValueError(f"num_hosts must be 1..250, got {num_hosts}")
     if not 576 <= mtu <= 65535:
         raise ValueError(f"mtu must be 576..65535 bytes, got {mtu}")
+    if bucket_bytes < mtu + _HEADER_BYTES:
+        raise ValueError(
+            f"bucket_bytes={bucket_bytes} must hold a packet of mtu={mtu} and its header of "
+            f"{_HEADER_BYTES} bytes"
+        )
     for name, rate in (("link_mbit", link_mbit), ("local_mbit", local_mbit)):
         if rate is not None and not rate > 0:
             raise ValueError(f"{name} must be above 0 Mbit/s, got {rate!r}")
+    link = _shape(link_mbit, bucket_bytes)
     try:
         with ExitStack() as held:
             switch, *spaces = (_new_namespace(held) for _ in range(num_hosts + 1))
             hosts = tuple(Host(n, f"10.0.0.{i + 1}") for i, n in enumerate(spaces))
-            _call_in(switch, lambda: _set_up_switch(hosts, link_mbit, mtu))
+            _call_in(switch, lambda: _set_up_switch(hosts, link, mtu))
             for host in hosts:
-                host.call(lambda host=host: _set_up_host(host, link_mbit, local_mbit, mtu))
+                host.call(lambda host=host: _set_up_host(host, link, local_mbit, mtu))
             made = held.pop_all()
     except OSError as error:
         raise NetworkError(
@@ -170,7 +184,7 @@ def _new_namespace(held: ExitStack) -> str:
     return f"/proc/{os.getpid()}/fd/{descriptor}"
 
 
-def _set_up_switch(hosts: Sequence[Host], link_mbit: float, mtu: int) -> None:
+def _set_up_switch(hosts: Sequence[Host], shape: str, mtu: int) -> None:
     _write_settings()
     ports = [f"port{i}" for i in range(len(hosts))]
     made = [
@@ -180,10 +194,10 @@ def _set_up_switch(hosts: Sequence[Host], link_mbit: float, mtu: int) -> None:
     ]
     joined = [f"link set {port} master bridge up gso_max_segs 1" for port in ports]
     _batch("ip", ["link add name bridge type bridge", *made, *joined, "link set bridge up"])
-    _batch("tc", [_shaped(port, link_mbit) for port in ports])
+    _batch("tc", [f"qdisc add dev {port} {shape}" for port in ports])
 
 
-def _set_up_host(host: Host, link_mbit: float, local_mbit: float | None, mtu: int) -> None:
+def _set_up_host(host: Host, shape: str, local_mbit: float | None, mtu: int) -> None:
     _write_settings()
     _batch(
         "ip",
@@ -193,8 +207,10 @@ def _set_up_host(host: Host, link_mbit: float, local_mbit: float | None, mtu: in
             f"link set {LINK} mtu {mtu} gso_max_segs 1 up",
         ],
     )
-    local = [] if local_mbit is None else [_shaped(LOOPBACK, local_mbit)]
-    _batch("tc", [_shaped(LINK, link_mbit), *local])
+    shapes = {LINK: shape}
+    if local_mbit is not None:
+        shapes[LOOPBACK] = _shape(local_mbit, BUCKET_BYTES)
+    _batch("tc", [f"qdisc add dev {name} {shape}" for name, shape in shapes.items()])
 
 
 def _write_settings() -> None:
@@ -210,12 +226,9 @@ def _write_settings() -> None:
     (settings / "ipv4/tcp_slow_start_after_idle").write_text("0")
 
 
-def _shaped(interface: str, mbit: float) -> str:
+def _shape(mbit: float, bucket_bytes: int) -> str:
     rate = round(mbit * 1e6)
-    return (
-        f"qdisc add dev {interface} root tbf rate {rate}bit burst {BUCKET_BYTES} "
-        f"limit {_QUEUE_BYTES}"
-    )
+    return f"root tbf rate {rate}bit burst {bucket_bytes} limit {_QUEUE_BYTES}"
 
 
 def _batch(command: str, lines: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from torch.autograd import profiler
 
 _WAIT = "wait "
+_NOTHING = nullcontext()
 # Of the calling context, so that a move on another thread goes by the name that it was started by.
 _current: ContextVar[str] = ContextVar("counterflow_mark", default="")
 _waits: ContextVar[bool] = ContextVar("counterflow_waits", default=False)
@@ -29,7 +30,7 @@ def mark(name: str) -> AbstractContextManager[object]:
     Of waits within waits only the outermost shows, so that their times can be added up.
     """
     if not profiling():
-        return nullcontext()
+        return _NOTHING
     return _wait(name) if name.startswith(_WAIT) else profiler.record_function(name)
 
 

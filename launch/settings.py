@@ -289,7 +289,7 @@ def _expected(hint: Any) -> str:
     if get_origin(hint) is tuple:
         args = get_args(hint)
         if args[-1] is Ellipsis:
-            return f"a list of {_expected(args[0])}"
+            return f"a list, each item {_expected(args[0])}"
         return f"[{', '.join(_expected(arg) for arg in args)}]"
     if dataclasses.is_dataclass(hint):
         return "a section"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -29,6 +28,7 @@ from ..parallel.schedule import Schedule
 from ..parallel.schedule.text_form import to_text
 from . import fp8
 from .check import open_data, step_schedules
+from .conclusion import conclude, write_json
 from .config import Config
 from .data import Loader, unigram_entropy
 from .engine import AT_EMA, Engine, StepResult
@@ -78,7 +78,7 @@ def train(config: Config, folder: Path) -> None:
                 result = run.finish()
             run.engine.experts.close()
             if result is not None:
-                _conclude(folder, result)
+                conclude(folder, result)
 
 
 class _Whereabouts:
@@ -208,7 +208,7 @@ class _Run:
                 layer = name.split(".")[2]
                 loads[layer] = loads.get(layer, np.zeros(len(load), np.int64)) + np.array(load)
         layers = {layer: load.tolist() for layer, load in loads.items()}
-        _write_json(self.folder / "load.json", {"layers": layers})
+        write_json(self.folder / "load.json", {"layers": layers})
         return {
             "train_loss": float(np.mean([r.losses["main"] for r in results])),
             "validation_loss": self.validation_loss,
@@ -380,38 +380,8 @@ class _Run:
             ]
             schedule = self.engine.pipeline.schedule
             timeline = {"name": schedule.name, "schedule": to_text(schedule), "ranks": rows}
-            _write_json(self.folder / "timeline.json", timeline)
-
-
-def _conclude(folder: Path, result: dict[str, Any]) -> None:
-    """Write the result and the report, and say in two lines how the run went."""
-    _write_json(folder / "result.json", result)
-    from .report import write_report
-
-    report = write_report(folder)
-    print(verdict(result["validation_loss"], result["unigram_entropy"]))
-    print(
-        f"{result['steps']} steps in {result['seconds']:.1f} s, "
-        f"{result['tokens_per_second']:,.0f} tokens/s; report: {report}"
-    )
-    for name in result["traces"]:
-        print(f"its traces: {profile_command(folder / name)}")
+            write_json(self.folder / "timeline.json", timeline)
 
 
 def _world() -> dist.ProcessGroup | None:
     return dist.group.WORLD if dist.is_initialized() else None
-
-
-def verdict(loss: float, entropy: float) -> str:
-    """How a validation loss stands to the unigram entropy, both in nats per token."""
-    side = "above" if loss > entropy else "under"
-    return (
-        f"validation loss {loss:.4f} nats a token, {abs(entropy - loss):.4f} {side} the unigram "
-        f"entropy of the held-out text, {entropy:.4f}"
-    )
-
-
-def _write_json(path: Path, value: Any) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)

@@ -277,9 +277,7 @@ class Mesh:
         # Every rank makes every group, in one order: new_group is a collective of the world.
         for ranks in several:
             limit = timedelta(seconds=timeout_s)
-            made = dist.new_group(
-                list(ranks), timeout=limit, backend=backend, pg_options=options
-            )
+            made = dist.new_group(list(ranks), timeout=limit, backend=backend, pg_options=options)
             if self.rank in ranks:  # elsewhere `made` is a mark, not a group
                 mine = cast("ProcessGroup", made)
         return mine

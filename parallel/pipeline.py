@@ -416,8 +416,7 @@ class _Run:
 
     def _weight(self, action: Action) -> None:
         runner = self._pipeline._runners[action.stage]
-        with mark(str(action)):
-            runner.live(action.microbatch).all_weights()
+        runner.live(action.microbatch).all_weights()
         runner.end_backward(action.microbatch)
 
     def _forward(self, action: Action) -> Part:

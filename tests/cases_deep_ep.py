@@ -331,3 +331,35 @@ def peer_dies(rank: int, world: int, version: str) -> None:
         if rank == 1:
             os._exit(1)
         d.combine(out.rows_ND, out.handle)
+
+
+def given_sms(rank: int, world: int, version: str, num_sms: int | None) -> list[tuple[str, int]]:
+    """With how many SMs each call of a step with recomputation communicates."""
+    x, experts, weights, grad = inputs(rank, "uneven")
+    x.requires_grad_()
+    weights.requires_grad_()
+    found: list[tuple[str, int]] = []
+    with mock.patch.object(Buffer, "num_sms", 24), fake(version) as made:
+        d = make(world, version, num_sms=num_sms)
+        out = d.dispatch(x, experts, weights)
+        d.dispatch(x.detach(), experts, weights.detach(), out.handle)
+        d.combine(out.rows_ND * 1, out.handle).backward(grad)
+        for call in made[0].calls:
+            if call.name in ("dispatch", "combine"):
+                given = call.arguments
+                if version == "v1":
+                    found.append((call.name, given["config"].num_sms))
+                else:  # a combine takes those of its handle
+                    sms = given["handle"].num_sms if call.name == "combine" else given["num_sms"]
+                    found.append((call.name, sms))
+    return found
+
+
+def refused_sms(rank: int, world: int) -> list[str]:
+    """What is said to numbers of SMs that cannot be."""
+    mesh = Mesh.create(MeshShape(1, world, world), nodes=(0,) * world)
+    with fake("v1"):
+        odd = refusal(lambda: make(world, "v1", num_sms=11))
+        none = refusal(lambda: make(world, "v1", num_sms=0))
+    gloo = refusal(lambda: dispatcher("dedup", mesh, num_experts=E, num_sms=20))
+    return [odd, none, gloo]

@@ -133,6 +133,10 @@ def test_more_ranks_than_hosts_are_refused(pair: tuple[Host, ...]) -> None:
         ({"num_hosts": 2, "link_mbit": 0.0}, "link_mbit must be above 0 Mbit/s"),
         ({"num_hosts": 2, "link_mbit": 1.0, "local_mbit": -1.0}, "local_mbit must be above 0"),
         ({"num_hosts": 2, "link_mbit": 1.0, "mtu": 100}, "mtu must be 576..65535 bytes, got 100"),
+        (
+            {"num_hosts": 2, "link_mbit": 1.0, "bucket_bytes": 9000},
+            "bucket_bytes=9000 must hold a packet of mtu=9000 and its header of 14 bytes",
+        ),
     ],
 )
 def test_impossible_sizes_are_refused(sizes: dict[str, Any], reason: str) -> None:

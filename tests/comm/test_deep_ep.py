@@ -224,6 +224,25 @@ def test_all_ranks_use_one_number_of_sms_whatever_they_know_of_their_links(
     assert ranks.run(cases.sms, world=4, known=known) == [[expected] * 2] * 4
 
 
+@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("num_sms", [12, None])
+def test_communication_takes_as_many_sms_as_it_is_given(
+    ranks: RankPool, version: str, num_sms: int | None
+) -> None:
+    sms = num_sms or {"v1": 24, "v2": 6}[version]  # or else the library's own number
+    moves = ("dispatch", "dispatch", "combine", "dispatch", "combine")
+    expected = [(move, sms) for move in moves]
+    assert ranks.run(cases.given_sms, world=2, version=version, num_sms=num_sms) == [expected] * 2
+
+
+def test_a_number_of_sms_that_cannot_be_is_refused(ranks: RankPool) -> None:
+    for odd, none, gloo in ranks.run(cases.refused_sms, world=2):
+        assert "takes SMs in pairs; give num_sms=12" in odd
+        assert "num_sms must be a whole number from 1 up, got 0" in none
+        assert "only DeepEP and NCCL, on GPUs" in gloo
+        assert "leave num_sms out" in gloo
+
+
 def test_v2_gets_a_buffer_for_these_sizes_and_the_limit_of_waits(ranks: RankPool) -> None:
     for (made,) in ranks.run(cases.room, world=4, version="v2"):
         assert made == {

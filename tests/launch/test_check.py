@@ -19,6 +19,8 @@ from counterflow.launch.tokens import write_tokens
 from counterflow.parallel.schedule import build, save
 
 DEEP_EP = ("dispatch.backend", "deep_ep")
+SMS = ("dispatch.num_sms", "20")
+PAIR = "combine(B), attn(F), mlp(B), dispatch(F), dispatch(B), mlp(F), attn(B), combine(F)"
 
 
 def refusal(*overrides: tuple[str, str]) -> str:
@@ -73,6 +75,13 @@ def test_the_default_run_passes() -> None:
         ([DEEP_EP, ("mesh.ep", "1")], ["dispatch.backend=deep_ep with mesh.ep=1", "nobody"]),
         ([DEEP_EP, ("run.device", "cpu")], ["dispatch.backend=deep_ep with run.device=cpu"]),
         ([DEEP_EP], ["train.dtype=float32", "set the payload to bf16 or fp8"]),
+        ([SMS, ("mesh.ep", "1")], ["dispatch.num_sms=20 with mesh.ep=1", "nobody"]),
+        ([SMS, ("run.device", "cpu")], ["dispatch.num_sms=20 on the CPU", "DeepEP and NCCL"]),
+        ([("profile.steps", "299-301")], ["profile.steps=299-301", "train.steps=300", "1 to 300"]),
+        (
+            [("profile.steps", "300"), ("profile.ranks", "0,4")],
+            ["profile.ranks=0,4", "4 ranks", "0 to 3"],
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_reason(
@@ -235,3 +244,42 @@ def test_fp8_keys_without_fp8_are_said_to_have_no_effect() -> None:
     assert introduction(Config(), cpu) == ""
     given = replace(Config(), fp8=FP8Config(check=True))
     assert introduction(given, cpu) == "fp8.check has no effect without fp8.enabled"
+
+
+@pytest.mark.parametrize(
+    ("key", "order", "words"),
+    [
+        (
+            "pair",
+            PAIR.replace("dispatch(F), ", "").replace("mlp(F)", "mlp(F), dispatch(F)"),
+            ["mlp(F) layer 3 comes before dispatch(F) layer 3", "move dispatch(F) layer 3 ahead"],
+        ),
+        ("pair", PAIR.replace(", combine(F)", ""), ["no place for combine(F)", "communicates"]),
+        ("pair", f"{PAIR}, mpl(F)", ["no layer has a phase mpl(F)", "attn", "combine"]),
+        (
+            "forward",
+            "dispatch(F), attn(F), mlp(F), combine(F)",
+            ["dispatch(F) layer 1 comes before attn(F) layer 1"],
+        ),
+        (
+            "backward",
+            "combine(B), mlp(B), dispatch(B), attn(W), attn(B)",
+            ["attn(W) layer", "comes before attn(B) layer"],
+        ),
+    ],
+)
+def test_an_order_that_this_models_layers_cannot_run_in_is_refused(
+    key: str, order: str, words: list[str]
+) -> None:
+    message = refusal((f"overlap.{key}", order))
+    assert message.startswith(f"overlap.{key}: ")
+    for word in words:
+        assert word in message
+
+
+def test_other_orders_that_keep_all_dependencies_pass() -> None:
+    check_sizes(load(None, [("overlap.pair", PAIR)]))  # without weight gradients of their own
+    check_sizes(load(None, [("overlap.pair", "")]))  # one direction after the other
+    late = "combine(B), mlp(B), shared(B), dispatch(B), attn(B), mlp(W), shared(W), attn(W)"
+    check_sizes(load(None, [("overlap.backward", late), ("model.n_shared_experts", "2")]))
+    check_sizes(load(None, [("overlap.pair", "mpl(F)"), ("overlap.enabled", "false")]))

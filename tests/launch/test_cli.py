@@ -58,6 +58,7 @@ def test_arguments_of_train_are_a_file_and_pairs_in_any_order() -> None:
         "run.toml",
         [("train.lr", "-1"), ("run.name", "a=b")],
     )
+    assert split_arguments(["--profile", "5-7"]) == (None, [("profile.steps", "5-7")])
     for wrong in (["--train.lr"], ["--train.lr", "--x"], ["a.toml", "b.toml"], ["-x"]):
         with pytest.raises(UsageError):
             split_arguments(wrong)

@@ -102,7 +102,7 @@ def test_metrics_are_written_where_tensorboard_is_broken(tmp_path: Path) -> None
 
 
 def test_a_loss_is_said_to_be_under_or_above_the_unigram_entropy() -> None:
-    from counterflow.launch.trainer import verdict
+    from counterflow.launch.conclusion import verdict
 
     assert "2.0000 nats a token, 1.2500 under the unigram entropy" in verdict(2.0, 3.25)
     assert "4.4200 nats a token, 1.1700 above the unigram entropy" in verdict(4.42, 3.25)

@@ -318,3 +318,36 @@ def test_paths_are_saved_so_that_they_hold_in_any_directory(
     assert saved.data.path == str(tmp_path / "t")
     assert with_absolute_paths(saved) == saved
     assert with_absolute_paths(Config()) == Config()
+
+
+def test_orders_of_phases_are_lists_in_files_and_with_commas_behind_flags(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('overlap.forward = ["attn(F)", "mlp(F)"]\n')
+    given = load(None, [("overlap.forward", "attn(F), mlp(F)")])
+    assert load(file).overlap == given.overlap
+    assert given.overlap.forward == ("attn(F)", "mlp(F)")
+    assert given.overlap.interleaving is not None
+    assert given.overlap.interleaving.forward == ("attn(F)", "mlp(F)")
+    assert load(None, [("overlap.forward", '["attn(F)", "mlp(F)"]')]) == given
+    assert load(None, [("overlap.enabled", "false")]).overlap.interleaving is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("overlap.pair", "mlp(B), mlp(B)", "overlap.pair: pair has mlp(B) twice"),
+        ("overlap.pair", "mlp", "overlap.pair: pair has 'mlp'; a phase is written like mlp(F)"),
+        ("overlap.forward", "mlp(B)", "overlap.forward: mlp(B) is no phase of forward"),
+        ("overlap.backward", "mlp(W)", "overlap.backward: backward has mlp(W) without mlp(B)"),
+        ("profile.steps", "last", "profile.steps: 'last' is no number or range of numbers"),
+        ("profile.steps", "0-2", "profile.steps must be steps from 1 up, got 0-2"),
+        ("profile.ranks", "some", "profile.ranks: 'some' is no number"),
+        ("dispatch.num_sms", "0", "dispatch.num_sms must be 1 or more, or none, got 0"),
+    ],
+)
+def test_values_of_overlap_and_profile_that_cannot_be_name_their_key(
+    key: str, value: str, words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(None, [(key, value)])
+    assert str(caught.value).startswith(f"--{key}: {words}")

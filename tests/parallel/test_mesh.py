@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -162,3 +164,32 @@ def test_shapes_and_ungrouped_meshes_need_no_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_groups_of_few_blocks_tell_nccl_and_are_not_those_without_a_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a stand-in for NCCL, which this build of torch may lack."""
+
+    class Options:
+        def __init__(self) -> None:
+            self.config = SimpleNamespace(max_ctas=None)
+
+    asked: list[tuple[list[int], int | None]] = []
+
+    def new_group(ranks: list[int], *, timeout: object, backend: str, pg_options: Any) -> object:
+        assert backend == "cpu:gloo,cuda:nccl"
+        asked.append((ranks, pg_options and pg_options.config.max_ctas))
+        return object()
+
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist, "new_group", new_group)
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=Options), raising=False)
+    mesh = Mesh(MeshShape(1, 4, 2))
+    sets = [(0, 1), (2, 3)]
+    free = mesh.group_among(sets, "dispatch")
+    few = mesh.group_among(sets, "dispatch", most_blocks=20)
+    fewer = mesh.group_among(sets, "dispatch", most_blocks=10)
+    assert mesh.group_among(sets, "dispatch", most_blocks=20) is few
+    assert len({id(group) for group in (free, few, fewer)}) == 3
+    assert asked == [([a, a + 1], limit) for limit in (None, 20, 10) for a in (0, 2)]
