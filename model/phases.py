@@ -5,6 +5,8 @@
     attn mlp                          layer N     of a dense layer
     output                                        the last layer's sum
 
+A part that holds the embedding and, with the head, uses it again is one phase.
+
 What a layer with experts leaves are the residual stream, the shared experts' and the routed rows'
 output; whoever comes next adds them up. So nothing computes between a combine and what needs it.
 The loss, with head and multi-token prediction, is the pipeline's and runs with "output".
@@ -27,6 +29,7 @@ from ..parallel.phased import Communicate, Compute, Layer
 from .layer import Attended, DecoderLayer, joined
 from .moe import MoE
 from .rope import Rotation
+from .stages import needs_embedding
 
 if TYPE_CHECKING:
     from .deepseek import DeepSeekV3
@@ -40,6 +43,14 @@ def phases_of(model: DeepSeekV3, chunk: Chunk) -> list[Layer]:
 
     def enter(x: Tensor) -> Tensor:
         return model.enter(x)
+
+    def everything(x: Tensor) -> tuple[Tensor, ...]:
+        return (model(x, chunk),)
+
+    if model.part.embed and model.part.head and needs_embedding(model.config):
+        # Gradients of the embedding from both its uses: autograd adds them up before it adds them
+        # to what other micro-batches gave, and apart they would be added in another order.
+        return [Layer((Compute("output", everything, ("input0",), ("output",)),))]
 
     def rotation(x_BLD: Tensor) -> Rotation:
         return model.rotation(x_BLD.shape[1], x_BLD.device)
@@ -101,9 +112,11 @@ class _ExpertLayer:
 
     Attributes:
         dispatcher: moves the rows.
-        experts_TK: where the tokens go, once attention has run.
+        experts_TK: where the tokens go, from the end of attention to the dispatch.
+        on_gpu: the host has to wait for the device before rows can be sent.
         shape: of the hidden states, [B, L, D].
-        dispatched: what arrived at this rank, but for the rows and weights themselves.
+        dispatched: what arrived at this rank, but for the rows and weights themselves, until its
+            backward.
     """
 
     def __init__(
@@ -115,6 +128,7 @@ class _ExpertLayer:
     ) -> None:
         self.dispatcher = moe.dispatcher
         self.experts_TK: Tensor | None = None
+        self.on_gpu = False
         self.shape: torch.Size | None = None
         self.dispatched: Dispatched | None = None
         self._layer, self._moe, self._rotation, self._chunk = layer, moe, rotation, chunk
@@ -140,6 +154,7 @@ class _ExpertLayer:
         attended = self._layer.attend(hidden_BLD, self._rotation(hidden_BLD), self._chunk)
         assert attended.routing is not None
         self.shape, self.experts_TK = hidden_BLD.shape, attended.routing.experts_TK
+        self.on_gpu = waits_on_host(self.experts_TK)
         self._notes = carried(attended.x_BLD)
         return attended.residual_BLD, attended.x_BLD, attended.routing.weights_TK
 
@@ -167,14 +182,15 @@ class _Dispatch:
 
     @property
     def waits_on_host(self) -> bool:
-        assert self._layer.experts_TK is not None
-        return waits_on_host(self._layer.experts_TK)
+        return self._layer.on_gpu
 
-    def prepare(self, tensors: tuple[Tensor, ...]) -> None:
-        layer, (x_BLD, weights_TK) = self._layer, tensors
-        assert layer.experts_TK is not None
-        x_TD = x_BLD.flatten(0, 1)
-        self._staged = StagedDispatch(layer.dispatcher, x_TD, layer.experts_TK, weights_TK)
+    def prepare(self, tensors: tuple[Tensor, ...], needs: tuple[bool, ...]) -> None:
+        layer, (x_BLD, weights_TK), (one, other) = self._layer, tensors, needs
+        experts_TK, layer.experts_TK = layer.experts_TK, None
+        assert experts_TK is not None
+        self._staged = StagedDispatch(
+            layer.dispatcher, x_BLD.flatten(0, 1), experts_TK, weights_TK, (one, other)
+        )
 
     def start(self) -> Pending[tuple[Tensor, ...]]:
         assert self._staged is not None
@@ -193,8 +209,9 @@ class _Dispatch:
         assert layer.dispatched is not None
         assert layer.shape is not None
         shape = layer.shape
+        handle, layer.dispatched = layer.dispatched.handle, None
         rows, weights = (g if need else None for g, need in zip(grads, needs, strict=True))
-        pending = layer.dispatcher.start_dispatch_backward(rows, weights, layer.dispatched.handle)
+        pending = layer.dispatcher.start_dispatch_backward(rows, weights, handle)
 
         def shaped(found: tuple[Tensor | None, Tensor | None]) -> _Grads:
             return None if found[0] is None else found[0].view(shape), found[1]
@@ -211,7 +228,8 @@ class _Combine:
         self._layer = layer
         self._rows_ND: Tensor | None = None
 
-    def prepare(self, tensors: tuple[Tensor, ...]) -> None:
+    def prepare(self, tensors: tuple[Tensor, ...], needs: tuple[bool, ...]) -> None:
+        del needs  # those of the dispatch, on which ranks agreed
         (self._rows_ND,) = tensors
 
     def start(self) -> Pending[tuple[Tensor, ...]]:

@@ -1,14 +1,16 @@
 """One chunk between its forward and the end of its backward, phase by phase.
 
-Between phases autograd is cut: each computing phase has leaves of its own for what it reads, and
-its backward gives their gradients. A tensor that several phases read gets the sum of their
-gradients, the last reader's first, as autograd would add them up in one piece.
+Between phases autograd is cut: each computing phase has a graph of its own, from what it reads to
+what it writes, and its backward gives the gradients of what it reads. A tensor that several phases
+read gets the sum of their gradients, the last reader's first, as autograd in one piece adds them up
+if each reads it once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +22,58 @@ from .phased import Communicate, Compute, Exchange, Layer, Phase, Started, Tenso
 _Slot = tuple[int, int]  # (phase, place among what it writes)
 
 
-class _Ran:
-    """What a phase that computes keeps for its backward."""
+class _Enter(torch.autograd.Function):
+    """Where a phase's graph begins: hands on tensors, and keeps their gradients and nothing else.
 
-    def __init__(self, leaves: Tensors, outputs: tuple[GradientEdge | None, ...]) -> None:
-        self.leaves = leaves
+    A leaf would hold its tensor until the backward, whether the phase needs it then or not.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, grads: list[Tensor | None], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        del anchor  # needs a gradient, so that what is returned does
+        ctx.set_materialize_grads(False)
+        ctx.grads = grads
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+        ctx.grads[:] = grads
+        return (None, None, *(None for _ in grads))
+
+
+def _entered(values: Tensors) -> tuple[Tensors, list[Tensor | None]]:
+    """The tensors cut from autograd, and where the gradients of those that need one will be."""
+    wanted = [x for x in values if x is not None and x.requires_grad]
+    grads: list[Tensor | None] = [None] * len(wanted)
+    given = iter(())
+    if wanted:
+        anchor = torch.empty(0, requires_grad=True)
+        given = iter(_Enter.apply(anchor, grads, *(x.detach() for x in wanted)))
+    cut = (x if x is None else next(given) if x.requires_grad else x.detach() for x in values)
+    return tuple(cut), grads
+
+
+class _Ran:
+    """What a phase that computes keeps for its backward.
+
+    Attributes:
+        needed: which of the tensors that it reads need a gradient.
+        grads: theirs, after the backward.
+        outputs: where its graph ends.
+        losses: that it added.
+        weight_grads: that its backward left.
+    """
+
+    def __init__(
+        self,
+        needed: tuple[bool, ...],
+        grads: list[Tensor | None],
+        outputs: tuple[GradientEdge | None, ...],
+    ) -> None:
+        self.needed = needed
+        self.grads = grads
         self.outputs = outputs
         self.losses: list[Tensor] = []
         self.weight_grads = WeightGrads()
@@ -71,16 +120,18 @@ class LiveChunk:
         phase = self.phases[number]
         assert isinstance(phase, Compute)
         training = self.chunk.training
-        leaves = tuple(_leaf(x, training) for x in self._read(number))
+        values = self._read(number)
+        needed = tuple(x is not None and x.requires_grad for x in values)
         seen = len(self.chunk.losses)
         with torch.set_grad_enabled(training), context or nullcontext():
-            outputs = phase.run(*leaves)
+            given, grads = _entered(values) if training else (values, [])
+            del values
+            outputs = phase.run(*given)
+            del given
         detached = tuple(o.detach().requires_grad_(o.requires_grad) for o in outputs)
         if training:
             edges = tuple(get_gradient_edge(o) if o.requires_grad else None for o in outputs)
-            ran = _Ran(
-                tuple(x if x is not None and x.requires_grad else None for x in leaves), edges
-            )
+            ran = _Ran(needed, grads, edges)
             ran.losses = [loss for _, loss in self.chunk.losses[seen:] if loss.requires_grad]
             self._ran[number] = ran
         if number == len(self.phases) - 1:
@@ -98,8 +149,9 @@ class LiveChunk:
         tensors = self._read(number)
         assert all(x is not None for x in tensors), "a phase that communicates was handed None"
         present = tuple(x for x in tensors if x is not None)
-        self._needs[number] = tuple(x.requires_grad for x in present)
-        self.exchange(number).prepare(tuple(x.detach() for x in present))
+        training = self.chunk.training
+        self._needs[number] = tuple(training and x.requires_grad for x in present)
+        self.exchange(number).prepare(tuple(x.detach() for x in present), self._needs[number])
 
     def start(self, number: int) -> Started[tuple[Tensor, ...]]:
         """Start the forward of a phase that communicates and has been prepared."""
@@ -164,10 +216,12 @@ class LiveChunk:
             torch.autograd.backward(roots, seeds)  # pyright: ignore[reportArgumentType]
             queue.deferring = False
             ran.weight_grads = queue.take()
-        for source, leaf in zip(self.wiring.sources[number], ran.leaves, strict=True):
-            if leaf is not None and leaf.grad is not None:
-                self._give_grad(source, number, leaf.grad)
-        ran.leaves = ()
+        grads = iter(ran.grads)
+        for source, needed in zip(self.wiring.sources[number], ran.needed, strict=True):
+            grad = next(grads) if needed else None
+            if grad is not None:
+                self._give_grad(source, number, grad)
+        ran.grads = []
 
     def weights(self, number: int) -> None:
         """Compute the weight gradients that the backward of a phase left."""
@@ -215,9 +269,3 @@ class LiveChunk:
         for reader in sorted(given, reverse=True):
             total = given[reader] if total is None else total + given[reader]
         return total
-
-
-def _leaf(x: Tensor | None, training: bool) -> Tensor | None:
-    if x is None:
-        return None
-    return x.detach().requires_grad_(training and x.requires_grad)

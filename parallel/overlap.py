@@ -111,7 +111,7 @@ class Part:
     """
 
     begin: Callable[[], LiveChunk]
-    end: Callable[[LiveChunk], None]
+    end: Callable[[LiveChunk], object]
     context: Callable[[LiveChunk], AbstractContextManager[object]] = field(
         default=lambda _: nullcontext()
     )

@@ -8,14 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.layer_memory import Alive
 from counterflow.comm import dispatcher
 from counterflow.comm.dispatch.names import PayloadName
 from counterflow.fp8.recipe import Recipe
 from counterflow.launch.engine import Engine
+from counterflow.model import DeepSeekV3
 from counterflow.model.build import Recompute
+from counterflow.model.stages import Part as StagePart
 from counterflow.parallel import Mesh, MeshShape
+from counterflow.parallel.overlap import Part, Plan, execute
 from counterflow.parallel.schedule import build
 from counterflow.parallel.schedule.interleaving import Interleaving
+from counterflow.parallel.stage import StageRunner
 
 from .cases_deep_ep import fake
 from .cases_training import STEP, TINY, global_batch
@@ -133,3 +138,52 @@ def unlike(rank: int, world: int) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def unlike_needs(rank: int, world: int, overlap: Interleaving | None) -> str:
+    """What a rank is told that trains layers which are frozen on rank 0."""
+    mesh = Mesh.create(MeshShape(1, world, world), timeout_s=30)
+    plan = build("dualpipev", ranks=1, microbatches=4)
+    engine = Engine(TINY, mesh, plan, overlap=overlap, timeout_s=30)
+    if rank == 0:
+        for name, parameter in engine.parameters.items():
+            if "embed" in name or "layers.0." in name or "layers.1." in name:
+                parameter.requires_grad_(False)
+    inputs, targets = global_batch(0, 4, world)
+    try:
+        engine.pipeline.step(inputs[rank * 8 : rank * 8 + 8], targets[rank * 8 : rank * 8 + 8])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def kept(cut: bool, *, fp8: bool, recompute: bool) -> tuple[int, int]:
+    """Bytes that a stage of two MoE layers keeps from F to I, and from I to W."""
+    config = replace(TINY, hidden_size=256, moe_intermediate_size=128, num_nextn_predict_layers=0)
+    ways = dispatcher("flat", Mesh(MeshShape()), num_experts=8, payload="fp8" if fp8 else "exact")
+    stage = DeepSeekV3(
+        config,
+        StagePart(range(1, 3), embed=False, head=False),
+        ways,
+        dtype=torch.bfloat16,
+        recipe=Recipe() if fp8 else None,
+        recompute=Recompute(norms=True, up_projections=True) if recompute else None,
+    )
+    runner = StageRunner(1, stage, None, frozenset((0, 1)), cut=cut)
+    order, outline = Interleaving(), runner.outline()
+    forward = Plan.of(order, outline, None)
+    half = Plan.of(order, None, outline, weights=False)
+    found = (0, 0)
+    for number in range(2):  # the first makes what all share
+        x = torch.randn(2, 16, 256, dtype=torch.bfloat16).requires_grad_()
+        with Alive() as alive:
+            live = runner.begin(number, (x,), None, training=True)
+            execute(forward, Part(lambda live=live: live, runner.outcome), None)
+            grad = torch.ones_like(x)
+            first = alive.nbytes() - grad.nbytes
+            live.seed((grad,))
+            execute(half, None, Part(lambda live=live: live, lambda live: live.input_grads()))
+            found = first, alive.nbytes() - grad.nbytes
+            live.all_weights()
+            runner.end_backward(number)
+    return found

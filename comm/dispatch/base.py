@@ -207,9 +207,16 @@ class Dispatcher(ABC, Generic[H]):
             )
 
     def start_checked_preprocess(
-        self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
+        self,
+        x_TD: Tensor,
+        experts_TK: Tensor,
+        weights_TK: Tensor,
+        needs: tuple[bool, bool] | None = None,
     ) -> Pending[H]:
-        """`start_preprocess` of what `dispatch` takes; if it is wrong, all ranks learn of it."""
+        """`start_preprocess` of what `dispatch` takes; if it is wrong, all ranks learn of it.
+
+        `needs` says whether x and the weights need a gradient; None: what autograd says.
+        """
         try:
             self._check_experts(experts_TK)
             _check_device(x_TD, experts_TK)
@@ -227,7 +234,7 @@ class Dispatcher(ABC, Generic[H]):
             handle.experts_TK = experts_TK
             return handle
 
-        return self.start_preprocess(experts_TK, Declared.of(x_TD, weights_TK)).then(noted)
+        return self.start_preprocess(experts_TK, Declared.of(x_TD, weights_TK, needs)).then(noted)
 
     def combine(self, rows_ND: Tensor, handle: H) -> Tensor:
         """Send each row back to its token and sum a token's K rows, in a fixed order.

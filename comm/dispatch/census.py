@@ -37,11 +37,15 @@ class Declared(NamedTuple):
     refused: int = 0
 
     @classmethod
-    def of(cls, x_TD: Tensor, weights_TK: Tensor) -> Declared:
-        """Of a dispatch of these."""
-        grad = torch.is_grad_enabled()
-        learns = 2 * (grad and x_TD.requires_grad) + 4 * (grad and weights_TK.requires_grad)
-        return cls(x_TD.shape[1], _code(x_TD.dtype), _code(weights_TK.dtype), 1 + learns)
+    def of(
+        cls, x_TD: Tensor, weights_TK: Tensor, needs: tuple[bool, bool] | None = None
+    ) -> Declared:
+        """Of a dispatch of these; `needs`: which need a gradient, None for what autograd says."""
+        if needs is None:
+            grad = torch.is_grad_enabled()
+            needs = grad and x_TD.requires_grad, grad and weights_TK.requires_grad
+        learns = 1 + 2 * needs[0] + 4 * needs[1]
+        return cls(x_TD.shape[1], _code(x_TD.dtype), _code(weights_TK.dtype), learns)
 
 
 UNKNOWN = Declared()

@@ -58,8 +58,8 @@ class HopHandle(Handle):
 
     Attributes:
         amounts: how many records and entries go where.
-        first_pieces: of the first hop; none where this rank is alone.
-        route: the rest, once the first dispatch has run.
+        first_rows: which tokens the first hop takes where (see `Hops.count`); None after that.
+        route: the records' way, once the first dispatch has run.
     """
 
     def __init__(
@@ -68,11 +68,11 @@ class HopHandle(Handle):
         slots_TK: Tensor,
         counts: list[int],
         amounts: Counts,
-        first_pieces: list[Piece],
+        first_rows: Tensor,
     ) -> None:
         super().__init__(owner, slots_TK, counts)
         self.amounts = amounts
-        self.first_pieces = first_pieces
+        self.first_rows: Tensor | None = first_rows
         self.route: Route | None = None
 
 
@@ -141,9 +141,8 @@ class Hops(Dispatcher[HopHandle]):
             slots_TK, rows, first_CG, told = found
             amounts = self._plan.read(told, first_CG)
             check_census(amounts.ranks, self._ep_peers, self.num_experts, self.options.node_limit)
-            pieces = self._first_pieces(rows, amounts) if self._hops else []
             counts = padded(amounts.entries, self.options.alignment)
-            return HopHandle(self, slots_TK, counts, amounts, pieces)
+            return HopHandle(self, slots_TK, counts, amounts, rows)
 
         pending = self._start(exchange, experts_TK.device, "dispatch(F)", for_host=True)
         return pending.then(finish)
@@ -179,8 +178,10 @@ class Hops(Dispatcher[HopHandle]):
             self._tables[device] = SlotTables(self.layout, self._grid, self._nodes, device)
         return self._tables[device]
 
-    def _first_pieces(self, rows: Tensor, amounts: Counts) -> list[Piece]:
-        splits = amounts.hops[0]
+    def first_pieces(self, handle: HopHandle) -> list[Piece]:
+        """What the first hop sends, of a handle that has not been dispatched with."""
+        rows, splits = handle.first_rows, handle.amounts.hops[0]
+        assert rows is not None
         if self._each_choice:
             return [Piece.as_they_are(rows, self._grid.num_ranks, splits[0])]
         cuts = pairwise(piece_bounds(len(rows), len(splits)))
@@ -233,9 +234,10 @@ class Hops(Dispatcher[HopHandle]):
         """The parts of the records that reach this rank; the first time, finds the route."""
         pieces: list[list[Piece]] = [] if handle.route is None else handle.route.pieces
         if self._hops:
-            arriving, form = moves.send(self._hops[0], handle.first_pieces, parts, take, operation)
             if with_slots:
-                pieces = [handle.first_pieces]
+                # Here and not when the counts came: what a GPU works out has to be on this stream.
+                pieces = [self.first_pieces(handle)]
+            arriving, form = moves.send(self._hops[0], pieces[0], parts, take, operation)
             if len(self._hops) == 2:
                 second: list[Piece] = []
 
@@ -258,6 +260,7 @@ class Hops(Dispatcher[HopHandle]):
             arrived = [part.values for part in parts]
         if with_slots:
             handle.route = Route(pieces, self._expansion(arrived[-1].long(), handle))
+            handle.first_rows = None
         return arrived
 
     def _here(self, slots_MK: Tensor) -> Tensor:

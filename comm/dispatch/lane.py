@@ -124,10 +124,14 @@ class Lane:
     def _run_here(self, move: Callable[[], T], device: torch.device, for_host: bool) -> Pending[T]:
         with _outside_autograd():
             result = move()
+        done: torch.cuda.Event | None = None
+        if for_host and device.type == "cuda":
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(device))
 
         def finish() -> T:
-            if for_host and device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()  # its own work; nobody else's
+            if done is not None:
+                done.synchronize()  # the device's own work; nobody else's
             return result
 
         return Pending(finish)

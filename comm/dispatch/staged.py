@@ -22,20 +22,21 @@ from .exchange import Pending
 class StagedDispatch:
     """A dispatch that has been prepared.
 
-    Args and errors: of `Dispatcher.dispatch`; errors come from `start` or from its `finish`.
+    Args and errors are those of `Dispatcher.dispatch`, but errors may come from `start` or from its
+    `finish`, and `needs` says whether x and the weights need a gradient, in which ranks must agree.
     """
 
     dispatcher: Dispatcher[Any]
     x_TD: Tensor
     experts_TK: Tensor
     weights_TK: Tensor
+    needs: tuple[bool, bool]
 
     def __post_init__(self) -> None:
         self._counts: Pending[Handle] | None = None
         self._ready: torch.cuda.Event | None = None
         if waits_on_host(self.x_TD):
-            given = self.x_TD, self.experts_TK, self.weights_TK
-            self._counts = self.dispatcher.start_checked_preprocess(*given)
+            self._counts = self._preprocess()
             self._ready = torch.cuda.Event()
             self._ready.record(torch.cuda.current_stream(self.x_TD.device))
 
@@ -51,9 +52,12 @@ class StagedDispatch:
         lane, device = self.dispatcher.lane, self.x_TD.device
         return lane.start(self._whole, device, "dispatch(F)", timeout_s=limit_s)
 
-    def _whole(self) -> Dispatched:
+    def _preprocess(self) -> Pending[Handle]:
         given = self.x_TD, self.experts_TK, self.weights_TK
-        handle = self.dispatcher.start_checked_preprocess(*given).finish()
+        return self.dispatcher.start_checked_preprocess(*given, self.needs)
+
+    def _whole(self) -> Dispatched:
+        handle = self._preprocess().finish()
         arrived = self.dispatcher.start_dispatch(self.x_TD, self.weights_TK, handle).finish()
         return _dispatched(arrived, handle)
 

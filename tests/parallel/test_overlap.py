@@ -32,6 +32,7 @@ from tests.ranks import RankPool
         pytest.param("dualpipev", 1, 4, {"way": "two_hop", "nodes": (0, 0, 1, 1)}, id="two_hop"),
         pytest.param("dualpipev", 2, 2, {"way": "flat"}, id="flat"),
         pytest.param("1f1b", 2, 2, {"dtype": torch.bfloat16}, id="no pairs, bf16"),
+        pytest.param("1f1b", 1, 2, {"world": 2}, id="embedding and head in one stage"),
         pytest.param("zbv", 2, 2, {"layers": 6}, id="split backwards"),
         pytest.param(
             "dualpipe",
@@ -45,9 +46,8 @@ from tests.ranks import RankPool
 def test_training_with_overlap_gives_the_same_bits(
     ranks: RankPool, schedule: str, pp: int, ep: int, options: dict[str, Any]
 ) -> None:
-    for found in ranks.run(
-        cases.with_and_without, world=4, schedule=schedule, pp=pp, ep=ep, **options
-    ):
+    options = {"world": 4, **options}
+    for found in ranks.run(cases.with_and_without, schedule=schedule, pp=pp, ep=ep, **options):
         assert found["differing"] == []
         assert found["compared"] > 50
 
@@ -61,6 +61,23 @@ def test_deep_ep_overlaps_to_the_same_bits(ranks: RankPool, version: str) -> Non
 def test_ranks_that_were_told_different_things_all_refuse(ranks: RankPool) -> None:
     for told in ranks.run(cases.unlike, world=2):
         assert "given different values of overlap" in told
+
+
+@pytest.mark.parametrize("overlap", [None, Interleaving()], ids=["one piece", "phases"])
+def test_ranks_that_train_different_parameters_all_refuse(
+    ranks: RankPool, overlap: Interleaving | None
+) -> None:
+    for told in ranks.run(cases.unlike_needs, world=2, overlap=overlap):
+        assert "need a gradient" in told
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_phase_by_phase_a_stage_keeps_what_it_keeps_in_one_piece(
+    fp8: bool, recompute: bool
+) -> None:
+    options = {"fp8": fp8, "recompute": recompute}
+    assert cases.kept(True, **options) == cases.kept(False, **options)
 
 
 # One process, with exchanges that log when they are started and finished.
@@ -83,7 +100,7 @@ class Doubling:
     waits_on_host: bool = False
     tensors: tuple[Tensor, ...] = ()
 
-    def prepare(self, tensors: tuple[Tensor, ...]) -> None:
+    def prepare(self, tensors: tuple[Tensor, ...], needs: tuple[bool, ...]) -> None:
         self.log.add(f"prepare {self.name}(F)")
         self.tensors = tensors
 
