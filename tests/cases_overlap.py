@@ -62,6 +62,7 @@ def with_and_without(
     order: Interleaving | None = None,
     nodes: tuple[int, ...] | None = None,
     hidden: int | None = None,
+    device: str = "cpu",
     steps: int = 2,
 ) -> dict[str, Any]:
     """Names of what differs between training with and without overlap; empty if nothing does."""
@@ -76,7 +77,15 @@ def with_and_without(
     ways = dispatcher(
         way, mesh, num_experts=config.n_routed_experts, payload=payload, timeout_s=100
     )
-    options: dict[str, Any] = {"experts": ways, "dtype": dtype, "timeout_s": 100}
+    where = torch.device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    options: dict[str, Any] = {
+        "experts": ways,
+        "dtype": dtype,
+        "device": where,
+        "timeout_s": 100,
+    }
     if fp8:
         options["recipe"] = Recipe()
     if recompute:
@@ -88,7 +97,7 @@ def with_and_without(
         engine = Engine(config, mesh, plan, overlap=overlap, **options)
         found: dict[str, Tensor | float] = {}
         for step in range(steps):
-            inputs, targets = global_batch(step, plan.num_microbatches, dp)
+            inputs, targets = (x.to(where) for x in global_batch(step, plan.num_microbatches, dp))
             result = engine.step(inputs[share], targets[share], **STEP)
             found |= {f"{step} {name}": loss for name, loss in result.losses.items()}
             found[f"{step} norm"] = result.grad_norm
@@ -97,7 +106,7 @@ def with_and_without(
                 for n, p in engine.parameters.items()
                 if p.grad is not None
             }
-        inputs, targets = global_batch(steps, plan.num_microbatches, dp)
+        inputs, targets = (x.to(where) for x in global_batch(steps, plan.num_microbatches, dp))
         found["evaluated"] = engine.evaluate(inputs[share], targets[share])
         found |= {f"weight {n}": p.detach().clone() for n, p in engine.parameters.items()}
         seen.append(found)
@@ -129,12 +138,14 @@ def over_deep_ep(rank: int, world: int, version: str) -> dict[str, Any]:
         )
 
 
-def unlike(rank: int, world: int) -> str:
-    """What a rank is told that overlaps where its neighbour does not."""
-    mesh = Mesh.create(MeshShape(world, 1, 1), timeout_s=30)
-    plan = build("dualpipe", ranks=world, microbatches=4)
+def unlike(rank: int, world: int, pp: int) -> str:
+    """What a rank is told that overlaps where another one, of its pipeline or not, does not."""
+    mesh = Mesh.create(MeshShape(pp, world // pp, world // pp), timeout_s=30)
+    plan = build("dualpipev", ranks=pp, microbatches=4)
+    ways = dispatcher("flat", mesh, num_experts=TINY.n_routed_experts, timeout_s=30)
+    overlap = None if rank == world - 1 else Interleaving()
     try:
-        Engine(TINY, mesh, plan, overlap=Interleaving() if rank else None, timeout_s=30)
+        Engine(TINY, mesh, plan, overlap=overlap, experts=ways, timeout_s=30)
     except ValueError as error:
         return str(error)
     return ""
