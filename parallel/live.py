@@ -17,7 +17,17 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .chunk import Chunk, WeightGrads
-from .phased import Communicate, Compute, Exchange, Layer, Phase, Started, Tensors, Wiring
+from .phased import (
+    Communicate,
+    Compute,
+    Exchange,
+    Layer,
+    Phase,
+    Started,
+    Tensors,
+    Wiring,
+    checked_writes,
+)
 
 _Slot = tuple[int, int]  # (phase, place among what it writes)
 
@@ -109,6 +119,10 @@ class LiveChunk:
         self._shapes: dict[int, list[tuple[torch.Size, torch.dtype, torch.device]]] = {}
         self._grads: dict[_Slot, dict[int, Tensor]] = {}
 
+    def _where(self, number: int) -> str:
+        label = self.layers[self.wiring.place(number)[0]].label
+        return f"stage {self.chunk.stage}" + (f", {label}" if label else "")
+
     def number(self, layer: int, phase: int) -> int:
         """The phase's number, counted through all layers."""
         return self.wiring.first[layer] + phase
@@ -126,7 +140,7 @@ class LiveChunk:
         with torch.set_grad_enabled(training), context or nullcontext():
             given, grads = _entered(values) if training else (values, [])
             del values
-            outputs = phase.run(*given)
+            outputs = checked_writes(phase, phase.run(*given), self._where(number))
             del given
         detached = tuple(o.detach().requires_grad_(o.requires_grad) for o in outputs)
         if training:
@@ -159,7 +173,7 @@ class LiveChunk:
 
     def finish(self, number: int, started: Started[tuple[Tensor, ...]]) -> None:
         """Wait for the forward of a phase that communicates."""
-        outputs = started.finish()
+        outputs = checked_writes(self.phases[number], started.finish(), self._where(number))
         if self.chunk.training:
             wanted = any(self._needs[number])
             for output in outputs:

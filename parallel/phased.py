@@ -17,12 +17,14 @@ again means the newer tensor from then on.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
 from .chunk import Chunk
 from .schedule.interleaving import PhaseOutline
@@ -30,6 +32,7 @@ from .schedule.interleaving import PhaseOutline
 Tensors: TypeAlias = tuple[Tensor | None, ...]
 Run: TypeAlias = Callable[..., tuple[Tensor, ...]]
 T_co = TypeVar("T_co", covariant=True)
+_INPUT = re.compile(r"input(0|[1-9][0-9]*)")
 
 
 class Started(Protocol[T_co]):
@@ -59,8 +62,14 @@ class Exchange(Protocol):
         """
         ...
 
-    def prepare(self, tensors: tuple[Tensor, ...]) -> None:
-        """Take what the phase reads, and start what `start` would have to wait for."""
+    def prepare(self, tensors: tuple[Tensor, ...], needs: tuple[bool, ...]) -> None:
+        """Take what the phase reads, and start what `start` would have to wait for.
+
+        Args:
+            tensors: one a tensor read, cut from autograd.
+            needs: which of them need a gradient. If any does, `start_backward` is called in every
+                backward, with zeros where nobody gave a gradient: ranks have to act alike.
+        """
         ...
 
     def start(self) -> Started[tuple[Tensor, ...]]:
@@ -125,7 +134,16 @@ class Layer:
 
 
 class Phased(Protocol):
-    """A stage that tells its phases. Calling the stage must compute the same, to the last bit."""
+    """A stage that tells its phases. Calling the stage must compute the same, to the last bit.
+
+    A run by phases does not call the stage, so what hangs on calls would be passed over: see
+    `why_whole`, which says when a stage is called instead, in one piece.
+
+    Two things depend on the phases and can make the last bits differ from those of a call:
+    - Random numbers are drawn in the order in which phases run, of all chunks: dropout differs.
+    - The gradients of a tensor are added up phase by phase, the last reader's first. One that an
+      earlier phase uses twice gets (last + (a + b)), where a call may give ((last + a) + b).
+    """
 
     def phases(self, chunk: Chunk) -> Sequence[Layer]:
         """The layers of one chunk, made anew for each.
@@ -133,6 +151,11 @@ class Phased(Protocol):
         Phases read the stage's inputs as "input0", "input1" and so on. The last phase computes, and
         what it writes is what the stage returns. How many phases there are and what they are
         called must not change from chunk to chunk.
+
+        Args:
+            chunk: phases may put weight gradients in its queue, `weight_grads`, and add losses,
+                whether or not the stage's `forward` takes a chunk. For a stage whose `forward` does
+                not, `torch.nn.functional.linear` does so by itself where a backward is split.
         """
         ...
 
@@ -156,8 +179,8 @@ class Wiring:
         """Follow the names through the layers of `stage`, as errors call it.
 
         Raises:
-            ValueError: a phase reads a name that nothing before it wrote, or the last one
-                communicates.
+            ValueError: a phase reads a name that nothing before it wrote, two of a layer have one
+                name, or the last one communicates.
         """
         written = {f"input{i}": (-1, i) for i in range(num_inputs)}
         sources: list[tuple[tuple[int, int], ...]] = []
@@ -165,7 +188,13 @@ class Wiring:
         first: list[int] = []
         for layer in layers:
             first.append(len(sources))
+            names = [phase.name for phase in layer.phases]
             for phase in layer.phases:
+                if names.count(phase.name) > 1:
+                    raise ValueError(
+                        f"{stage}: {layer.label or 'a layer'} has two phases called {phase.name}; "
+                        "orders go by the names, so give each its own"
+                    )
                 number = len(sources)
                 for name in phase.reads:
                     if name not in written:
@@ -192,10 +221,49 @@ def is_phased(module: object) -> bool:
     return callable(getattr(type(module), "phases", None))
 
 
+def why_whole(module: nn.Module) -> str:
+    """Why a module that tells its phases has to be called in one piece all the same; "" if not.
+
+    A run by phases calls neither the module's `forward` nor, in general, that of submodules that
+    have submodules themselves (layers), and hooks and compiled code go with these calls. So it has
+    to be called where a subclass, or an attribute, replaces a `forward` or `__call__` for which
+    `phases` was not written, and where the module or such a submodule has hooks or was compiled
+    with its method `compile`. Submodules without submodules are not looked at: phases that pass
+    one over have to do as its hooks would.
+    """
+    if not is_phased(module):
+        return "it tells no phases"
+    classes = type(module).__mro__
+    telling = _defining(classes, "phases")
+    for name in ("forward", "__call__"):
+        calling = _defining(classes, name)
+        if name in vars(module) or calling < telling:
+            where = "an attribute" if name in vars(module) else classes[calling].__name__
+            return f"{where} replaces {name}, which phases of {classes[telling].__name__} pass over"
+    if nn_module._has_any_global_hook():
+        return "there are hooks on the calls of all modules, which phases would pass over"
+    for name, part in module.named_modules():
+        if part is module or next(part.children(), None) is not None:
+            what = f"its part {name}" if name else "it"
+            if part._compiled_call_impl is not None:
+                return f"{what} was compiled, which phases would pass over"
+            if any(getattr(part, hooks) for hooks in _HOOKS):
+                return f"{what} has hooks, which phases would pass over"
+    return ""
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _defining(classes: Sequence[type], name: str) -> int:
+    return next(place for place, cls in enumerate(classes) if name in vars(cls))
+
+
 def inputs_read(layers: Sequence[Layer]) -> int:
-    """How many inputs of the stage the phases speak of."""
+    """How many inputs a stage must have for its phases to read those that they speak of."""
     names = {name for layer in layers for phase in layer.phases for name in phase.reads}
-    return sum(f"input{i}" in names for i in range(len(names)))
+    found = (_INPUT.fullmatch(name) for name in names)
+    return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
 def whole(run: Run, num_inputs: int) -> tuple[Layer, ...]:
@@ -203,9 +271,46 @@ def whole(run: Run, num_inputs: int) -> tuple[Layer, ...]:
     return (Layer((Compute("stage", run, tuple(f"input{i}" for i in range(num_inputs)), ()),)),)
 
 
-def with_last(layers: Sequence[Layer], wrap: Callable[[Run], Run]) -> tuple[Layer, ...]:
-    """The layers, what the last phase runs wrapped in something: a check, a loss."""
+def with_last(layers: Sequence[Layer], wrap: Callable[[Run], Run], stage: str) -> tuple[Layer, ...]:
+    """The layers of `stage`, what the last phase runs wrapped in something: a check, a loss.
+
+    What the wrapped phase returns has no names any more: there may be less or nothing.
+    """
     *others, layer = layers
     last = layer.phases[-1]
     assert isinstance(last, Compute)
-    return (*others, replace(layer, phases=(*layer.phases[:-1], replace(last, run=wrap(last.run)))))
+    where = f"{stage}, {layer.label}" if layer.label else stage
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return checked_writes(last, last.run(*inputs), where)
+
+    wrapped = replace(last, run=wrap(run if last.writes else last.run), writes=())
+    return (*others, replace(layer, phases=(*layer.phases[:-1], wrapped)))
+
+
+def checked_writes(phase: Phase, outputs: object, where: str) -> tuple[Tensor, ...]:
+    """What a phase returned, which has to be a tensor for each name that it writes.
+
+    Args:
+        phase: that returned it. If it writes no names, any number of tensors will do.
+        outputs: what its `run` returned, or its exchange's `finish`.
+        where: stage and layer, for errors.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    names = ", ".join(phase.writes)
+    for_each = f"return a tuple with a tensor for each of what it writes ({names})"
+    if not isinstance(outputs, tuple):
+        raise ValueError(
+            f"{where}: phase {phase.name} returned a {type(outputs).__name__}; {for_each}"
+        )
+    if phase.writes and len(outputs) != len(phase.writes):
+        raise ValueError(f"{where}: phase {phase.name} returned {len(outputs)} values; {for_each}")
+    for place, output in enumerate(outputs):
+        if not isinstance(output, Tensor):
+            name = f" for {phase.writes[place]!r}" if phase.writes else ""
+            raise ValueError(
+                f"{where}: phase {phase.name} returned a {type(output).__name__}{name}; {for_each}"
+            )
+    return outputs

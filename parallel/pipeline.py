@@ -7,11 +7,10 @@ the transport has posted the next receives already, so bytes move while the next
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +20,16 @@ from ..comm.errors import CommError
 from ..comm.marks import mark
 from ..comm.messages import Message, Payload
 from ..comm.p2p import Transport
+from .batches import Data, microbatches
 from .channels import channel_groups
 from .live import LiveChunk
 from .mesh import Mesh
 from .overlap import Part, Plan, execute, in_turn
-from .phased import is_phased
+from .plans import Plans
 from .replicas import Replicas, Ties
-from .schedule import Action, Op, Pair, Schedule, Step, actions, forward_only, verify
+from .schedule import Action, Op, Pair, Schedule, Step, forward_only, verify
 from .schedule.interleaving import DEFAULT_INTERLEAVING, Interleaving
-from .stage import LossFn, StageRunner
+from .stage import LossFn, make_runners, modules_by_stage
 from .timeline import Span, Stopwatch
 from .transfers import activation, gradient, receives
 
@@ -101,14 +101,16 @@ class Pipeline:
             on CUDA, which needs them.
         overlap: in which order the phases of stages that tell theirs (see `Phased`) are issued, so
             that communication hides behind compute; None runs every stage in one piece. Numbers are
-            the same to the last bit.
+            the same to the last bit (but for dropout). A stage that has hooks or was compiled runs
+            in one piece too, with a warning: that is looked at here and not again (see `Plans`).
 
     Every rank of the world makes its Pipeline at the same time: process groups are made, and
     replicas compared.
 
     Raises:
-        ValueError: the schedule is wrong (ScheduleError), does not fit the mesh or the stages, or
-            replicas begin with different values.
+        ValueError: the schedule is wrong (ScheduleError), does not fit the mesh or the stages,
+            ranks of the world were given different values of `overlap`, or replicas begin with
+            different values.
     """
 
     def __init__(
@@ -127,9 +129,8 @@ class Pipeline:
         overlap: Interleaving | None = DEFAULT_INTERLEAVING,
     ) -> None:
         verify(schedule)
-        self._interleaving = overlap
         self.mesh = mesh
-        self.modules = _by_stage(stages, schedule, mesh)
+        self.modules = modules_by_stage(stages, schedule, mesh)
         self.loss_names = _distinct(("main", *loss_names))
         self.report = self._last_step = StepReport()
         self.step_number = 0
@@ -139,7 +140,7 @@ class Pipeline:
             raise ValueError(f"this rank holds the last stage, {self._last}: loss_fn is needed")
         self._loss_fn = loss_fn
         self._device = device or _device_of(self.modules.values())
-        self._cut = _cut_stages(self.modules, schedule, mesh, overlap, self._device)
+        self._plans = Plans(self.modules, schedule.num_stages, mesh, overlap, self._device)
         self._set_schedule(schedule)
         if separate_channels is None:
             separate_channels = self._device.type == "cuda"
@@ -178,51 +179,16 @@ class Pipeline:
         peers = self.mesh.shape.pp_peers(self.mesh.rank)
         self._incoming = {
             plan.name: {
-                peers[r]: ms for r, ms in receives(plan, self.mesh.pp_rank, self._ended).items()
+                peers[r]: ms
+                for r, ms in receives(plan, self.mesh.pp_rank, self._plans.ended).items()
             }
             for plan in (schedule, self._forward_only)
         }
-        self._runners = _runners(
-            self.modules, schedule, self.mesh.pp_rank, self._loss_fn, self._cut
+        rows = [plan.rows[self.mesh.pp_rank] for plan in (schedule, self._forward_only)]
+        self._runners = make_runners(
+            self.modules, rows[0], schedule.num_stages, self._loss_fn, self._plans.cut
         )
-        self._plans: dict[tuple[int | None, int | None, bool], Plan] = {}
-        for step in (
-            *schedule.rows[self.mesh.pp_rank],
-            *self._forward_only.rows[self.mesh.pp_rank],
-        ):
-            self._plan(step)
-
-    def _overlaps(self, pair: Pair) -> bool:
-        return all(action.stage in self._cut for action in actions(pair))
-
-    def _ended(self, step: Step) -> tuple[Action, ...]:
-        """The actions of a step of any rank, in the order in which their messages are sent."""
-        if isinstance(step, Pair) and self._overlaps(step):
-            assert self._interleaving is not None
-            if self._interleaving.backward_first:
-                return step.backward, step.forward
-        return actions(step)
-
-    def _plan(self, step: Step) -> Plan | None:
-        """How a step is executed; None for a W, and for a pair that runs as F and then B."""
-        forward, backward, weights = None, None, True
-        for stage, op, _ in actions(step):
-            if op is Op.F:
-                forward = stage
-            else:
-                backward, weights = stage, op is Op.B
-        if isinstance(step, Pair) and not self._overlaps(step):
-            for action in actions(step):
-                self._plan(action)
-            return None
-        if isinstance(step, Action) and step.op is Op.W:
-            return None
-        key = forward, backward, weights
-        if key not in self._plans:
-            outlines = [None if s is None else self._runners[s].outline() for s in key[:2]]
-            order = self._interleaving or DEFAULT_INTERLEAVING
-            self._plans[key] = Plan.of(order, *outlines, weights=weights)
-        return self._plans[key]
+        self._plans.use(self._runners, (step for row in rows for step in row))
 
     def step(self, batch: Any = None, targets: Any = None, *, sum_replicas: bool = True) -> Tensor:
         """Forward and backward of one batch; gradients are added to the parameters' `.grad`.
@@ -282,7 +248,7 @@ class Pipeline:
             self._run(self._forward_only, self._data(batch, targets), training=False)
         )
 
-    def _run(self, schedule: Schedule, data: _Data, *, training: bool) -> Tensor:
+    def _run(self, schedule: Schedule, data: Data, *, training: bool) -> Tensor:
         """Walk this rank's row; returns float64 losses [name, micro-batch], zero where not ours."""
         if self._failed:
             raise RuntimeError(
@@ -318,33 +284,12 @@ class Pipeline:
         self.report.losses = dict(zip(self.loss_names, means.tolist(), strict=True))
         return means.sum()
 
-    def _data(self, batch: Any, targets: Any) -> _Data:
-        return _Data(
-            self._microbatches(batch, "batch", 0),
-            self._microbatches(targets, "targets", self._last),
+    def _data(self, batch: Any, targets: Any) -> Data:
+        num, where = self.schedule.num_microbatches, f"rank {self.mesh.rank}"
+        return Data(
+            microbatches(batch, "batch", num, 0, self.modules, where),
+            microbatches(targets, "targets", num, self._last, self.modules, where),
         )
-
-    def _microbatches(self, data: Any, what: str, stage: int) -> list[tuple[Tensor, ...]]:
-        if data is None and stage not in self.modules:
-            return []
-        # Checked where it is not needed too: what is wrong on one rank mostly is wrong on all, and
-        # then no rank begins to wait for another.
-        tensors: tuple[Any, ...] = data if isinstance(data, tuple) else (data,)
-        num = self.schedule.num_microbatches
-        for tensor in tensors:
-            if not isinstance(tensor, Tensor):
-                raise ValueError(
-                    f"{what}: rank {self.mesh.rank} holds stage {stage} and needs a tensor or a "
-                    f"tuple of tensors, got {type(tensor).__name__}"
-                )
-            if tensor.dim() == 0 or tensor.shape[0] % num or tensor.shape[0] == 0:
-                raise ValueError(
-                    f"{what}: shape {list(tensor.shape)} does not divide into {num} micro-batches; "
-                    f"its first dimension must be a multiple of {num}"
-                )
-        if stage not in self.modules:
-            return []
-        return list(zip(*(tensor.chunk(num) for tensor in tensors), strict=True))
 
     @contextmanager
     def at(self, position: str) -> Iterator[None]:
@@ -365,17 +310,10 @@ class Pipeline:
         self.position = before
 
 
-class _Data(NamedTuple):
-    """The micro-batches of a step; empty lists where this rank needs none."""
-
-    inputs: list[tuple[Tensor, ...]]
-    targets: list[tuple[Tensor, ...]]
-
-
 class _Run:
     """One walk over a row: executes actions for its Pipeline."""
 
-    def __init__(self, pipeline: Pipeline, data: _Data, training: bool) -> None:
+    def __init__(self, pipeline: Pipeline, data: Data, training: bool) -> None:
         self._pipeline = pipeline
         self._placement = pipeline.schedule.placement
         self._rank = pipeline.mesh.pp_rank
@@ -391,7 +329,7 @@ class _Run:
     def run(self, step: Step) -> None:
         """Execute one step of the row."""
         if isinstance(step, Pair):
-            if (plan := self._pipeline._plan(step)) is not None:
+            if (plan := self._pipeline._plans.of(step)) is not None:
                 self._pair(plan, step)
             else:
                 self.run(step.forward)
@@ -399,7 +337,7 @@ class _Run:
         elif step.op is Op.W:
             self._weight(step)
         else:
-            plan = self._pipeline._plan(step)
+            plan = self._pipeline._plans.of(step)
             assert plan is not None
             if step.op is Op.F:
                 execute(plan, self._forward(step), None)
@@ -408,7 +346,7 @@ class _Run:
 
     def _pair(self, plan: Plan, pair: Pair) -> None:
         forward, backward = self._forward(pair.forward), self._backward(pair.backward)
-        if self._pipeline._ended(pair)[0] is pair.forward:
+        if self._pipeline._plans.ended(pair)[0] is pair.forward:
             in_turn(forward, backward)
         else:
             in_turn(backward, forward)
@@ -483,75 +421,6 @@ class _Run:
             self._pipeline._arrived_locally[message] = payload
         else:
             self._pipeline._transport.send(self._peers[destination], message, payload)
-
-
-def _by_stage(
-    stages: Mapping[int, nn.Module] | Sequence[nn.Module], schedule: Schedule, mesh: Mesh
-) -> dict[int, nn.Module]:
-    if schedule.num_ranks != mesh.shape.pp:
-        raise ValueError(
-            f"schedule {schedule.name} is for {schedule.num_ranks} ranks, the mesh has "
-            f"pp={mesh.shape.pp}"
-        )
-    held = schedule.placement.stages(mesh.pp_rank)
-    if not isinstance(stages, Mapping):
-        if len(stages) != len(held):
-            raise ValueError(
-                f"pipeline rank {mesh.pp_rank} holds stages {list(held)}, got {len(stages)} modules"
-            )
-        stages = dict(zip(held, stages, strict=True))
-    if set(stages) != set(held):
-        raise ValueError(
-            f"pipeline rank {mesh.pp_rank} holds stages {list(held)}, got modules for "
-            f"{sorted(stages)}"
-        )
-    return {stage: stages[stage] for stage in held}
-
-
-def _runners(
-    modules: Mapping[int, nn.Module],
-    schedule: Schedule,
-    pp_rank: int,
-    loss_fn: LossFn | None,
-    cut: frozenset[int],
-) -> dict[int, StageRunner]:
-    row = [action for step in schedule.rows[pp_rank] for action in actions(step)]
-    last = schedule.num_stages - 1
-    return {
-        stage: StageRunner(
-            stage,
-            module,
-            loss_fn if stage == last else None,
-            frozenset(a.microbatch for a in row if a.op is Op.I and a.stage == stage),
-            cut=stage in cut,
-        )
-        for stage, module in modules.items()
-    }
-
-
-def _cut_stages(
-    modules: Mapping[int, nn.Module],
-    schedule: Schedule,
-    mesh: Mesh,
-    overlap: Interleaving | None,
-    device: torch.device,
-) -> frozenset[int]:
-    """The stages of the whole pipeline that run phase by phase; ranks must agree, as it tells the
-    order of their messages."""
-    # Numbers small enough that the sum of their squares is exact for any number of ranks.
-    asked = zlib.crc32(repr(overlap).encode()) & 0xFFFF
-    whole = [0] * schedule.num_stages
-    for stage, module in modules.items():
-        whole[stage] = int(overlap is None or not is_phased(module))
-    told = torch.tensor([asked, asked**2, *whole], dtype=torch.int64, device=device)
-    sum_over(told, mesh.pp_group, "which stages tell their phases", board=mesh.waits)
-    total, squares, *found = told.tolist()
-    if squares * mesh.shape.pp != total**2:
-        raise ValueError(
-            f"rank {mesh.rank}: the ranks of this pipeline were given different values of overlap; "
-            "give all of them the same"
-        )
-    return frozenset(stage for stage, count in enumerate(found) if not count)
 
 
 def _device_of(modules: Iterable[nn.Module]) -> torch.device:

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from .chunk import Chunk
 from .deferred import defer_linears
 from .live import LiveChunk
+from .mesh import Mesh
 from .overlap import Outline
-from .phased import Layer, Run, Tensors, Wiring, inputs_read, is_phased, whole, with_last
+from .phased import Layer, Run, Tensors, Wiring, inputs_read, whole, with_last
+from .schedule import Op, Schedule, Step, actions
 
 LossFn = Callable[..., Tensor]
 
@@ -28,7 +30,7 @@ class StageRunner:
         loss_fn: of the last stage, `loss_fn(*outputs, *targets)` (with `chunk=` likewise) -> 0-dim
             tensor; None elsewhere.
         split: micro-batches whose backward is split into I and W.
-        cut: run a module that tells its phases (see `Phased`) phase by phase.
+        cut: run the module, which tells its phases (see `Phased`), phase by phase.
 
     Attributes:
         cut: the stage is run phase by phase.
@@ -46,7 +48,7 @@ class StageRunner:
         self.stage = stage
         self.module = module
         self.loss_fn = loss_fn
-        self.cut = cut and is_phased(module)
+        self.cut = cut
         self._split = split
         self._takes_chunk = _takes_chunk(module.forward)
         self._loss_takes_chunk = loss_fn is not None and _takes_chunk(loss_fn)
@@ -78,7 +80,9 @@ class StageRunner:
         """
         chunk = Chunk(self.stage, microbatch, training)
         layers = with_last(
-            self._layers(chunk, len(inputs)), lambda run: self._ending(run, chunk, targets)
+            self._layers(chunk, len(inputs)),
+            lambda run: self._ending(run, chunk, targets),
+            self._name,
         )
         live = LiveChunk(chunk, layers, Wiring.of(layers, len(inputs), self._name), inputs)
         if training:
@@ -89,7 +93,7 @@ class StageRunner:
         """In which a chunk's forward phases compute."""
         chunk = live.chunk
         defer = chunk.training and chunk.microbatch in self._split and not self._takes_chunk
-        return defer_linears(chunk.weight_grads) if defer and not self.cut else nullcontext()
+        return defer_linears(chunk.weight_grads) if defer else nullcontext()
 
     def outcome(self, live: LiveChunk) -> tuple[tuple[Tensor, ...], Mapping[str, Tensor]]:
         """What a chunk's forward gave.
@@ -176,6 +180,63 @@ class StageRunner:
             what = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"loss_fn must return a 0-dim tensor, got {what}; return its mean()")
         return loss
+
+
+def make_runners(
+    modules: Mapping[int, nn.Module],
+    row: Sequence[Step],
+    num_stages: int,
+    loss_fn: LossFn | None,
+    cut: frozenset[int],
+) -> dict[int, StageRunner]:
+    """A runner of each of a rank's stages.
+
+    Args:
+        modules: by stage.
+        row: of the rank; tells which backwards are split.
+        num_stages: of the whole pipeline; the last one gets `loss_fn`.
+        loss_fn: see `StageRunner`.
+        cut: the stages that run phase by phase.
+    """
+    split = [a for step in row for a in actions(step) if a.op is Op.I]
+    return {
+        stage: StageRunner(
+            stage,
+            module,
+            loss_fn if stage == num_stages - 1 else None,
+            frozenset(action.microbatch for action in split if action.stage == stage),
+            cut=stage in cut,
+        )
+        for stage, module in modules.items()
+    }
+
+
+def modules_by_stage(
+    stages: Mapping[int, nn.Module] | Sequence[nn.Module], schedule: Schedule, mesh: Mesh
+) -> dict[int, nn.Module]:
+    """The modules of this rank's stages by their index, given so or in the placement's order.
+
+    Raises:
+        ValueError: they are not those of the stages that this rank holds.
+    """
+    if schedule.num_ranks != mesh.shape.pp:
+        raise ValueError(
+            f"schedule {schedule.name} is for {schedule.num_ranks} ranks, the mesh has "
+            f"pp={mesh.shape.pp}"
+        )
+    held = schedule.placement.stages(mesh.pp_rank)
+    if not isinstance(stages, Mapping):
+        if len(stages) != len(held):
+            raise ValueError(
+                f"pipeline rank {mesh.pp_rank} holds stages {list(held)}, got {len(stages)} modules"
+            )
+        stages = dict(zip(held, stages, strict=True))
+    if set(stages) != set(held):
+        raise ValueError(
+            f"pipeline rank {mesh.pp_rank} holds stages {list(held)}, got modules for "
+            f"{sorted(stages)}"
+        )
+    return {stage: stages[stage] for stage in held}
 
 
 def _takes_chunk(function: Callable[..., Any]) -> bool:

@@ -2,7 +2,7 @@
 
 A chunk is some layers, each cut where it communicates. A phase is called by its name and direction:
 
-    attn(F)  dispatch(F)  shared(F)  mlp(F)  combine(F)             forward
+    attn(F)  shared(F)  dispatch(F)  mlp(F)  combine(F)             forward
     combine(B)  shared(B)  mlp(B)  dispatch(B)  attn(B)             backward for inputs
     shared(W)  mlp(W)  attn(W)                                      backward for weights
 
@@ -32,8 +32,10 @@ PUBLISHED_ORDER = (
     "combine(F)",
 )
 # Alone, a direction has only itself to hide behind: shared experts behind dispatch(F) and
-# combine(B), weight gradients behind dispatch(B) and behind combine(B) of the layer before.
-FORWARD_ORDER = ("attn(F)", "dispatch(F)", "shared(F)", "mlp(F)", "combine(F)")
+# combine(B), weight gradients behind dispatch(B) and behind combine(B) of the layer before. What
+# communicates starts as soon as it can, but dispatch(F) on a GPU, where the host waits for sizes in
+# dispatch(F)'s place: shared(F) comes ahead of it so that the device has that to do meanwhile.
+FORWARD_ORDER = ("attn(F)", "shared(F)", "dispatch(F)", "mlp(F)", "combine(F)")
 BACKWARD_ORDER = (
     "combine(B)",
     "shared(B)",
@@ -89,8 +91,10 @@ class Interleaving:
     In a pair, the first layer of the forward goes with the layer that the backward reaches first,
     and so on; what is left of the longer one follows, in its own direction's order. A layer without
     any named phase (an embedding, a head) runs before the next, its backward at once. A computing
-    phase of a layer that an order does not name runs right before the next one of its layer that it
-    names; weight gradients that it does not name are computed with the gradient for inputs.
+    phase of a layer that an order does not name stands right before the next phase of its layer
+    that it names in the forward, and right after that one's in a backward, several of them in the
+    order of their data. So layers that are chains can be run whatever is left unnamed. Weight
+    gradients of a phase whose gradient for inputs is named are computed with that if they are not.
 
     Attributes:
         pair: of a forward and a backward that overlap.
@@ -236,6 +240,11 @@ def _check_named(layer: LayerOutline, order: Sequence[str], direction: str) -> N
                 f"interleaving: no place for {name}, which communicates; name it in the order "
                 f"{' '.join(order)}"
             )
+        if phase.communicates and direction == "B" and f"{phase.name}(W)" in order:
+            raise InterleavingError(
+                f"interleaving: {phase.name} communicates, so there is no {phase.name}(W); leave "
+                f"it out of the order {' '.join(order)}"
+            )
     computing = [phase.name for phase in layer if not phase.communicates]
     if computing and f"{computing[-1]}({direction})" not in order:
         raise InterleavingError(
@@ -245,20 +254,28 @@ def _check_named(layer: LayerOutline, order: Sequence[str], direction: str) -> N
 
 
 def _phases(layer: LayerOutline, index: int, name: PhaseName, order: Sequence[str]) -> list[Item]:
-    """The items that stand at `name`: its phase, and before it those that are not named."""
-    items: list[Item] = []
-    unnamed: list[Item] = []
-    for number, phase in enumerate(layer):
-        item = Item(name.direction, index, number)
-        if phase.name == name.phase:
-            items += [*unnamed, item]
-        if phase.communicates:
-            continue
-        if f"{phase.name}({name.direction})" in order:
-            unnamed = []
-        elif name.direction != "W" or f"{phase.name}(B)" not in order:
-            unnamed.append(item)
-    return items
+    """The items that stand at `name`: its phase and, in the order of their data, unnamed ones."""
+    items = [
+        Item(name.direction, index, number)
+        for number in range(len(layer))
+        if _stands_at(layer, number, name.direction, order) == name.phase
+    ]
+    return items if name.direction == "F" else items[::-1]
+
+
+def _stands_at(
+    layer: LayerOutline, number: int, direction: str, order: Sequence[str]
+) -> str | None:
+    """At whose place a phase is issued: its own if it is named, else that of a later one."""
+    own, communicates = layer[number]
+    named = [phase.name for phase in layer[number:] if f"{phase.name}({direction})" in order]
+    if direction != "W" or own in named:
+        return named[0] if named else None
+    if communicates or f"{own}(B)" in order:
+        return None  # weight gradients there are none, or they are computed with those for inputs
+    # Not ahead of its own B, which may stand at what communicates between the two.
+    before = order.index(f"{_stands_at(layer, number, 'B', order)}(B)")
+    return next((name for name in named if order.index(f"{name}(W)") > before), None)
 
 
 def check_order(

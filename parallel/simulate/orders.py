@@ -124,13 +124,15 @@ def pair_time(order: Sequence[str], times: Mapping[str, float], layers: int) -> 
 
 
 def _with_shared(order: Sequence[str], names: Mapping[str, float]) -> tuple[str, ...]:
-    """The order with shared experts, where they are apart, right before the routed ones."""
+    """The order with shared experts, where they are apart, as `Interleaving` places them unnamed.
+
+    That is right before the routed ones in the forward and right after them in the backward.
+    """
     found: list[str] = []
     for name in order:
-        shared = name.replace("mlp", "shared")
-        if shared != name and shared in names:
-            found.append(shared)
-        found.append(name)
+        both = [name.replace("mlp", "shared"), name]
+        with_shared = [each for each in dict.fromkeys(both) if each == name or each in names]
+        found += with_shared if name.endswith("(F)") else with_shared[::-1]
     return tuple(found)
 
 

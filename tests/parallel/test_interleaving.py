@@ -14,6 +14,7 @@ from counterflow.parallel.schedule.interleaving import (
     InterleavingError,
     Item,
     PhaseOutline,
+    check_order,
 )
 
 MOE = tuple(
@@ -35,11 +36,65 @@ def test_a_pair_of_layers_is_issued_in_the_published_order() -> None:
     assert names(items, layers) == [f"{name}0" for name in PUBLISHED_ORDER]
 
 
-def test_shared_experts_that_an_order_does_not_name_go_right_before_the_routed_ones() -> None:
+def test_unnamed_shared_experts_go_before_the_routed_ones_and_after_them_in_a_backward() -> None:
     found = names(Interleaving().arrange([MOE], [MOE]), [MOE])
-    for direction in "FBW":
+    for direction, beside in (("F", -1), ("B", 1), ("W", 1)):
         at = found.index(f"mlp({direction})0")
-        assert found[at - 1] == f"shared({direction})0"
+        assert found[at + beside] == f"shared({direction})0"
+
+
+chains = st.lists(
+    st.builds(PhaseOutline, st.just("more"), st.booleans()), min_size=0, max_size=4
+).map(
+    # Phases of communication are named by the orders of these tests, computing ones are not.
+    lambda more: [
+        p._replace(name=f"{'send' if p.communicates else 'more'}{i}") for i, p in enumerate(more)
+    ]
+)
+
+
+@given(chains, chains, st.booleans(), st.booleans())
+def test_a_chain_runs_in_the_order_of_its_data_however_many_of_its_phases_are_unnamed(
+    first: list[PhaseOutline], second: list[PhaseOutline], weights: bool, early: bool
+) -> None:
+    second = [p._replace(name=f"{p.name} too") for p in second]
+    layer = [PhaseOutline("attn", False), *first, PhaseOutline("mid", False)]
+    layer += [*second, PhaseOutline("mlp", False)]
+    named = [p.name for p in layer if not p.name.startswith("more")]
+    backward = [f"{name}(B)" for name in reversed(named)]
+    # Weight gradients at once or at the end.
+    for name in ("mlp", "mid", "attn"):
+        place = backward.index(f"{name}(B)") + 1 if early else len(backward)
+        backward.insert(place, f"{name}(W)")
+    pair = (*backward, *(f"{name}(F)" for name in named))
+    layers = [layer, layer]
+    items = Interleaving(pair=pair).arrange(layers, layers, weights=weights)
+
+    def needs(item: Item) -> list[Item]:
+        if item.direction == "W":
+            return [item._replace(direction="B")]
+        other = item.phase + (-1 if item.direction == "F" else 1)
+        return [item._replace(phase=other)] if 0 <= other < len(layer) else []
+
+    check_order(items, needs, str)
+    for direction in "FB":
+        assert sum(item.direction == direction for item in items) == 2 * len(layer)
+
+
+def test_several_unnamed_phases_stand_beside_the_next_named_one_in_the_order_of_data() -> None:
+    layer = [PhaseOutline(name, False) for name in ("attn", "first", "second", "mlp")]
+    pair = ("mlp(B)", "attn(F)", "attn(B)", "mlp(W)", "mlp(F)", "attn(W)")
+    found = names(Interleaving(pair=pair).arrange([layer], [layer]), [layer])
+    assert found == [
+        *("mlp(B)0", "second(B)0", "first(B)0", "attn(F)0", "attn(B)0"),
+        *("mlp(W)0", "second(W)0", "first(W)0", "first(F)0", "second(F)0", "mlp(F)0", "attn(W)0"),
+    ]
+
+
+def test_weights_of_what_communicates_are_refused() -> None:
+    order = Interleaving(pair=(*PUBLISHED_ORDER, "combine(W)"))
+    with pytest.raises(InterleavingError, match=r"there is no combine\(W\); leave it out"):
+        order.arrange([MOE], [MOE])
 
 
 def test_alone_each_direction_has_its_own_order_and_i_leaves_the_weights_out() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -291,3 +291,25 @@ def test_tensors_between_phases_are_let_go_when_their_last_reader_has_them() -> 
     assert len(live.results) == 1
     assert live._values == {}
     assert live._ran == {}
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        ((torch.ones(2),), r"stage 0, layer 0: phase attn returned 1 values; return a tuple"),
+        (torch.ones(2), r"stage 0, layer 0: phase attn returned a Tensor; return a tuple"),
+        ((torch.ones(2), None), r"phase attn returned a NoneType for 'sent'"),
+    ],
+)
+def test_a_phase_that_returns_something_else_is_named(returned: Any, words: str) -> None:
+    class Wrong(Stage):
+        def phases(self, chunk: Chunk) -> list[Layer]:
+            first, *others = super().phases(chunk)
+            attn = replace(first.phases[0], run=lambda *_: returned)
+            return [replace(first, phases=(attn, *first.phases[1:])), *others]
+
+        def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
+            return super().forward(x, chunk)
+
+    with pytest.raises(ValueError, match=words):
+        run(Wrong(Log()), Interleaving(), Log())

@@ -78,6 +78,26 @@ COMMUNICATION = {
         "allreduce",
         "vLLM",
     ),
+    "void flashinfer::trtllm_allreduce_fusion::allreduce_fusion_kernel_oneshot_lamport<4>(int)": (
+        "allreduce",
+        "TensorRT-LLM",
+    ),
+    "void tensorrt_llm::kernels::mnnvl::twoshot_allreduce_kernel<8>(int)": (
+        "allreduce",
+        "TensorRT-LLM",
+    ),
+    "void tensorrt_llm::kernels::moe_comm::moeA2ADispatchKernel<8>(int)": (
+        "dispatch",
+        "TensorRT-LLM",
+    ),
+    "void tensorrt_llm::kernels::moe_comm::moeA2ACombineKernel<8>(int)": (
+        "combine",
+        "TensorRT-LLM",
+    ),
+    "void quickreduce::allreduce_prototype_twoshot<quickreduce::CodecQ4>(int)": (
+        "allreduce",
+        "quickreduce",
+    ),
     "Memcpy PtoP (Device -> Device)": ("peer_copy", ""),
     "gloo:all_to_all": ("all_to_all", "gloo"),
     "gloo:send": ("send", "gloo"),
@@ -107,6 +127,45 @@ COMPUTING = (
     "autograd::engine::evaluate_function: DispatchBackward0",
     "Optimizer.step#AdamW.step",
 )
+
+
+# Words of an exchange as kernels spell them, and what may stand around them.
+SUSPICIOUS = (
+    *("all_reduce", "allreduce", "AllReduce", "all_gather", "AllGather", "reduce_scatter"),
+    *("ReduceScatter", "all_to_all", "allToAll", "a2a", "multimem", "nvls", "ep_dispatch"),
+    *("moe_combine", "moe_ep_combine", "ag_gemm", "gather_rs_kernel"),
+)
+AROUND = (
+    *("{}_kernel", "flash_{}", "scatter_{}", "my_lib::{}_gather_kernel", "reduce_{}_copy"),
+    *("triton_{}_gemm", "attn_{}", "moe_{}", "void flux::{}<cutlass::gemm, 4>(int*)"),
+)
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("word", SUSPICIOUS)
+def test_a_name_with_words_of_an_exchange_never_computes_silently(word: str, around: str) -> None:
+    name = around.format(word).replace("_kernel_kernel", "_kernel")
+    assert classify(name).group in ("unknown", "communication"), name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tensorrt_llm::kernels::nvls_all_gather_kernel(int)",
+        "triton_dist_allgather_gemm",
+        "void flux::gather_rs_kernel<4>(int)",
+        "hybrid_ep::some_new_dispatch(int)",
+        "mine::barrier_kernel(int)",
+    ],
+)
+def test_an_exchange_of_a_library_without_rules_is_listed_as_unknown(name: str) -> None:
+    assert classify(name) == Class("unknown")
+
+
+@pytest.mark.parametrize("name", ["_Linear", "_GroupedLinear", "_RMSNorm", "_Dispatch", "_Combine"])
+def test_this_projects_functions_of_autograd_are_known(name: str) -> None:
+    assert classify(name) == Class("compute", "", "counterflow")
+    assert classify(f"{name}Backward").group == "compute"
 
 
 @pytest.mark.parametrize("name", COMMUNICATION)
@@ -215,5 +274,5 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_a_rule_of_a_group_that_does_not_exist_cannot_be_made() -> None:
-    with pytest.raises(ValueError, match="communication, compute, copy"):
-        Rule("a", "unknown")
+    with pytest.raises(ValueError, match="communication, compute, copy, unknown"):
+        Rule("a", "network")
