@@ -28,7 +28,8 @@ class OverlapConfig:
         "Numbers are the same to the last bit",
     )
     pair: tuple[str, ...] = option(
-        PUBLISHED_ORDER, "of a forward and a backward that the schedule pairs"
+        PUBLISHED_ORDER,
+        "of a forward and a backward that the schedule pairs; empty runs them one after the other",
     )
     forward: tuple[str, ...] = option(FORWARD_ORDER, "of a forward alone")
     backward: tuple[str, ...] = option(BACKWARD_ORDER, "of a backward alone")

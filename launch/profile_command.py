@@ -6,8 +6,8 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,7 +84,8 @@ def run(parsed: argparse.Namespace) -> int:
     """Run the command; the exit status is returned: 1 where a condition of `--fail-if` holds.
 
     Raises:
-        ValueError: one of the user's mistakes, or a trace that cannot be used.
+        ValueError: one of the user's mistakes, or a trace that cannot be used; conditions are not
+            judged by a trace that breaks off, which is said once all is written.
     """
     options = read_options(parsed)
     with _Reading() as progress:
@@ -105,17 +106,37 @@ def run(parsed: argparse.Namespace) -> int:
         print_answer(answer)
         print_written(options.outputs)
     sys.stdout.flush()  # before what failed
+    if options.conditions:
+        _check_whole(traces.traces)
     failures = [condition.failure(shown) for condition in options.conditions]
     for failure in filter(None, failures):
         print(f"counterflow: {failure}", file=sys.stderr)
     return 1 if any(failures) else 0
 
 
+def _check_whole(traces: Iterable[Trace]) -> None:
+    for trace in traces:
+        if trace.broken:
+            raise ValueError(
+                f"--fail-if: {trace.source} breaks off ({trace.broken}), so its numbers are not "
+                "those of the run and nothing is judged by them; record it again, and let the "
+                "profiler finish writing"
+            )
+
+
 def _traces(options: Options) -> Traces:
-    """The traces, of the ranks that are asked for."""
+    """The traces, of the ranks and the GPU that are asked for."""
+    from ..comm.profile.devices import of_device
     from ..comm.profile.read import Traces, read_all
 
     found = read_all([_traces_of(path) for path in options.traces])
+    found = _of_ranks(options, found)
+    return Traces(tuple(of_device(trace, options.device) for trace in found.traces), found.missing)
+
+
+def _of_ranks(options: Options, found: Traces) -> Traces:
+    from ..comm.profile.read import Traces
+
     if not options.ranks:
         return found
     known = [trace.rank for trace in found.traces if trace.rank is not None]
@@ -126,7 +147,7 @@ def _traces(options: Options) -> Traces:
                 f"--rank {rank}: there is no trace of it, but of "
                 + (f"rank {there}" if there else "ranks that neither file nor name tells")
             )
-    return Traces(tuple(t for t in found.traces if t.rank in options.ranks))
+    return Traces(tuple(t for t in found.traces if t.rank in options.ranks), found.missing)
 
 
 def _traces_of(path: Path) -> Path:
@@ -154,14 +175,16 @@ def _first_step(folder: Path) -> int:
 
 def _analysed(options: Options, found: Traces, tell: Callable[[str], None]) -> Answer:
     from ..comm.profile.analyse import analyse
-    from .profile_window import begin_of, window_of
+    from .profile_window import begin_of, beyond, window_of
 
     traces, rules, pattern = found.traces, options.rules, options.phase_pattern
     reports: list[Report] = []
     for number, trace in enumerate(traces, 1):
         tell(f"analysing {number} of {len(traces)}")
         window = window_of(trace, options.window)
-        reports.append(analyse(trace, rules, window, phase_pattern=pattern))
+        report = analyse(trace, rules, window, phase_pattern=pattern)
+        cut = beyond(trace, options.window)
+        reports.append(replace(report, missing=(cut, *report.missing)) if cut else report)
     across = comparison = None
     if len(traces) > 1:
         from ..comm.profile.ranks import compare_ranks

@@ -24,6 +24,7 @@ NUMBERS = (
     "exposed_comm_ms",
     "idle_ms",
     "copy_ms",
+    "copies_alone_ms",
     "waiting_ms",
     "exposed_waiting_ms",
     "compute_percent",
@@ -55,6 +56,7 @@ def to_json(answer: Answer) -> Json:
         "num_ranks": summary.num_ranks,
         "window": _window(answer.window_name, summary),
         **_numbers(summary),
+        "waiting_known": summary.waiting_known,
         "phases": [_phase(summary, phase) for phase in summary.phases],
         "layers": [{"layer": phase.layer, **_phase(summary, phase)} for phase in summary.layers],
         "sm_split": _sm_split(first.sm_split),
@@ -83,6 +85,7 @@ def _numbers(summary: Summary) -> dict[str, float | None]:
         "exposed_comm_ms": ms(totals.exposed),
         "idle_ms": ms(totals.idle),
         "copy_ms": ms(totals.copy),
+        "copies_alone_ms": ms(totals.span - totals.compute - totals.exposed - totals.idle),
         "waiting_ms": ms(totals.waiting),
         "exposed_waiting_ms": ms(summary.exposed_waiting),
         "compute_percent": percent(totals.compute, totals.span),
@@ -107,12 +110,15 @@ def _phase(summary: Summary, phase: Phase) -> Json:
         "overlapped_ms": ms(overlapped),
         "exposed_comm_ms": ms(phase.exposed),
         "waiting_ms": ms(phase.waiting),
+        "waiting_known": phase.waiting_known,
         "transfer_ms": ms(phase.transfer),
         "exposed_comm_percent": percent(phase.exposed, summary.totals.span),
         "overlapped_percent": percent(overlapped, phase.comm),
         "behind_ms": {name: ms(length) for name, length in phase.behind.items()},
         "sent_bytes": phase.sent_bytes,
         "sent_gbps": gbps(phase.sent_bytes, phase.transfer),
+        "algorithm_gbps": gbps(phase.algorithm_bytes, phase.transfer),
+        "bus_gbps": gbps(phase.bus_bytes, phase.transfer),
         "inferred": phase.inferred,
     }
 
@@ -134,6 +140,8 @@ def _kernel(summary: Summary, kernel: Kernels) -> Json:
         "min_blocks": least,
         "max_blocks": most,
         "sent_bytes": kernel.sent_bytes,
+        "algorithm_gbps": gbps(kernel.algorithm_bytes, kernel.busy),
+        "bus_gbps": gbps(kernel.bus_bytes, kernel.busy),
     }
 
 
@@ -149,6 +157,7 @@ def _stretch(stretch: Stretch) -> Json:
         "layer": found.layer,
         "next_phase": found.next_phase,
         "waiting_ms": found.waiting / _NS,
+        "waited_before_ms": found.waited_before / _NS,
     }
 
 
@@ -175,6 +184,7 @@ def _rank(answer: Answer, index: int) -> Json:
         "num_events": trace.num_events,
         "window": _window(answer.window_name, alone),
         **_numbers(alone),
+        "waiting_known": alone.waiting_known,
         "phases": [_phase(alone, phase) for phase in alone.phases],
         "streams": [
             {"name": name, "compute_ms": compute / _NS, "comm_ms": comm / _NS}

@@ -48,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--rank", action="append", metavar="N", help="look at this rank alone; may be repeated")
     add(
+        "--device",
+        metavar="N",
+        help="look at this GPU, of several in one trace (that with most activities)",
+    )
+    add(
         "--phases",
         metavar="PATTERN",
         help="regular expression of the annotations that are phases, without ' layer N' (names "
@@ -72,6 +77,7 @@ class Options:
         traces: files or folders.
         window: name of an annotation, or start and end in ms; None: all of the trace.
         ranks: to look at; empty: all.
+        device: index of the GPU to look at, or None for that with most activities.
         phase_pattern: regular expression of the annotations that are phases.
         rules: what kernels are, the user's before those of the table.
         simulated: what to compare with, or None.
@@ -84,6 +90,7 @@ class Options:
     traces: tuple[Path, ...]
     window: str | tuple[float, float] | None
     ranks: tuple[int, ...]
+    device: int | None
     phase_pattern: str
     rules: tuple[Rule, ...]
     simulated: Simulated | None
@@ -112,6 +119,7 @@ def read_options(parsed: argparse.Namespace) -> Options:
         traces=traces,
         window=_window(parsed.window),
         ranks=tuple(_whole("--rank", text, 0) for text in parsed.rank or ()),
+        device=None if parsed.device is None else _whole("--device", parsed.device, 0),
         phase_pattern=PHASE_PATTERN if parsed.phases is None else _pattern(parsed.phases),
         rules=tuple(RULES) if parsed.kernels is None else tuple(load_rules(parsed.kernels)),
         simulated=None if parsed.against is None else read_simulated(parsed.against),

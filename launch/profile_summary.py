@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from ..comm.profile.kernel_table import COMMUNICATION, WAIT
 from ..comm.profile.report import Exposed, Kernels, Phase, Report, Totals
 
 _NS = 1_000_000  # in a millisecond
@@ -51,6 +52,11 @@ class Summary:
     def exposed_waiting(self) -> int:
         """Of the exposed communication, where only notifications and barriers run."""
         return sum(stretch.exposed.waiting for stretch in self.exposed)
+
+    @property
+    def waiting_known(self) -> bool:
+        """Whether any kernel that only waits ran; without one, waiting cannot be told."""
+        return any(k.group == COMMUNICATION and k.role == WAIT for k in self.kernels)
 
     @property
     def unknown_percent(self) -> float | None:
@@ -138,7 +144,17 @@ def _as_one(group: Sequence[tuple[Phase, int]]) -> Phase:
         behind=dict(behind.most_common()),
         inferred=any(phase.inferred for phase in phases),
         sent_bytes=sum(sent) if len(sent) == len(phases) else None,
+        waiting_known=any(phase.waiting_known for phase in phases),
+        algorithm_bytes=_sum(phase.algorithm_bytes for phase in phases),
+        bus_bytes=_sum(phase.bus_bytes for phase in phases),
     )
+
+
+def _sum(numbers: Iterable[int | None]) -> int | None:
+    """None where any is not told."""
+    told = list(numbers)
+    known = [number for number in told if number is not None]
+    return sum(known) if len(known) == len(told) else None
 
 
 def _kernels(kernels: Iterable[Kernels]) -> tuple[Kernels, ...]:
@@ -157,6 +173,8 @@ def _kernels(kernels: Iterable[Kernels]) -> tuple[Kernels, ...]:
                 busy=sum(kernel.busy for kernel in group),
                 blocks=(min(b[0] for b in blocks), max(b[1] for b in blocks)) if blocks else None,
                 sent_bytes=sum(sent) if sent else None,
+                algorithm_bytes=_sum(kernel.algorithm_bytes for kernel in group),
+                bus_bytes=_sum(kernel.bus_bytes for kernel in group),
             )
         )
     return tuple(sorted(summed, key=lambda kernel: -kernel.busy))

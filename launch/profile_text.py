@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+from ..comm.profile.kernel_table import IN_NO_RULE
 from ..comm.profile.report import Kernels, Phase, SmSplit
 from .profile_json import gbps
 from .profile_summary import Stretch, Summary, percent
@@ -19,12 +20,18 @@ if TYPE_CHECKING:
 
 _NS = 1_000_000  # in a millisecond
 # Columns of the phases that go, one after the other, where there is too little room.
-_FIRST_TO_GO = ("GB/s", "transfer", "runs", "hides behind", "waiting", "compute", "hidden")
+_FIRST_TO_GO = (
+    *("transfer", "algbw", "runs", "hides behind", "waiting", "compute", "hidden"),
+    "busbw",
+)
+_KERNELS_FIRST_TO_GO = ("algbw", "library", "blocks", "busbw", "runs", "kind")
 _COLUMNS = {
     "waiting": "waiting: of comm, where only notifications and barriers run",
     "hidden": "hidden: share of comm during which anything computes",
     "hides behind": "hides behind: what computes then, in shares of comm",
+    "busbw": "busbw: GB/s as nccl-tests counts them, over transfer",
 }
+_NAMED = 6  # phases named in a sentence
 _WORST = 3  # phases named that are exposed most
 _BEHIND = 2  # phases shown that one hides behind
 _NAME = 24  # least room for a kernel's name
@@ -46,7 +53,7 @@ def print_answer(answer: Answer) -> None:
         shown = _print_phases(f"phases, ms; {answer.where}", summary, summary.phases)
         fill("; ".join(text for name, text in _COLUMNS.items() if name in shown))
         if any(phase.inferred for phase in summary.phases):
-            fill("phases are inferred from the order of kernels, as the trace marks none")
+            fill("phases of layers are inferred from the order of kernels, as the trace marks none")
     if answer.options.layers and summary.layers:
         _print_phases(f"phases by layer, ms; {answer.where}", summary, summary.layers)
     _print_exposed(answer)
@@ -62,8 +69,9 @@ def print_answer(answer: Answer) -> None:
         print_comparison(answer, answer.comparison)
     if summary.unknown:
         _print_unknown(answer)
-    for line in (*answer.missing, *summary.missing):
-        fill(f"note: {line}")
+    for line in (*answer.missing, *summary.missing, *_about_waiting(summary)):
+        if IN_NO_RULE not in line:  # there is a table of it
+            fill(f"note: {line}")
 
 
 def print_written(outputs: Sequence[Output]) -> None:
@@ -139,10 +147,13 @@ def _print_totals(answer: Answer) -> None:
     ]
     cells: dict[str, Callable[[tuple[str, int, bool]], str]] = {
         "": lambda row: row[0],
-        "ms": lambda row: f"{summary.ms(row[1]):.3f}",
-        "of span": lambda row: share(row[1], totals.span),
-        "of communication": lambda row: share(row[1], totals.comm) if row[2] else "-",
+        "ms": lambda row: "-" if row[0] in untold else f"{summary.ms(row[1]):.3f}",
+        "of span": lambda row: "-" if row[0] in untold else share(row[1], totals.span),
+        "of communication": lambda row: (
+            share(row[1], totals.comm) if row[2] and row[0] not in untold else "-"
+        ),
     }
+    untold = () if summary.waiting_known else ("    of it waiting", "  waiting in all")
     head, body = fitting(cells, rows, ("of communication",))
     print()
     print_table(f"where the time goes; {answer.where}", head, body, names=1)
@@ -165,10 +176,6 @@ def _print_phases(title: str, summary: Summary, phases: Sequence[Phase]) -> Sequ
     def mean(length: int) -> str:
         return f"{summary.ms(length):.3f}" if length else "-"
 
-    def speed(phase: Phase) -> str:
-        found = gbps(phase.sent_bytes, phase.transfer)
-        return "-" if not found else f"{found:.3g}"
-
     def behind(phase: Phase) -> str:
         longest = sorted(phase.behind.items(), key=lambda item: -item[1])[:_BEHIND]
         return (
@@ -188,14 +195,36 @@ def _print_phases(title: str, summary: Summary, phases: Sequence[Phase]) -> Sequ
         "exposed": lambda phase: mean(phase.exposed),
         "hidden": lambda phase: share(phase.comm - phase.exposed, phase.comm),
         "hides behind": behind,
-        "GB/s": speed,
+        "algbw": lambda phase: _speed(phase.algorithm_bytes, phase.transfer),
+        "busbw": lambda phase: _speed(phase.bus_bytes, phase.transfer),
     }
-    if not any(phase.sent_bytes for phase in phases):
-        del cells["GB/s"]
+    for name in ("compute", "algbw", "busbw"):
+        if all(cells[name](phase) == "-" for phase in phases):
+            del cells[name]
     head, body = fitting(cells, phases, _FIRST_TO_GO)
     print()
     print_table(title, head, body, names=1)
     return head
+
+
+def _speed(num_bytes: int | None, length: int) -> str:
+    """GB/s."""
+    found = gbps(num_bytes, length)
+    return "-" if not found else f"{found:.3g}"
+
+
+def _about_waiting(summary: Summary) -> Iterator[str]:
+    """Where it cannot be told how much of communication is waiting, in a sentence."""
+    phases = [p for p in summary.phases if p.comm and not p.waiting_known]
+    names = ", ".join(phase_name(phase) for phase in phases[:_NAMED])
+    if phases:
+        more = len(phases) - _NAMED
+        names += f" and {more} more" if more > 0 else ""
+        yield (
+            f"How much of the communication of {names} is waiting for other ranks cannot be told: "
+            "nothing ran that only waits, and what moves data, such as NCCL's kernels, waits for "
+            "its peers itself. Traces of all ranks tell it (skew)."
+        )
 
 
 def phase_name(phase: Phase) -> str:
@@ -215,8 +244,13 @@ def _print_exposed(answer: Answer) -> None:
         "layer": lambda s: "-" if s.exposed.layer is None else str(s.exposed.layer),
         "at": lambda s: ms(s.exposed.interval[0] - s.begin),
         "ms": lambda s: ms(s.exposed.interval[1] - s.exposed.interval[0]),
-        "waiting": lambda s: ms(s.exposed.waiting),
+        "waiting": lambda s: ms(s.exposed.waiting) if told(s) else "-",
     }
+    known = {phase.name: phase.waiting_known for phase in summary.phases}
+
+    def told(stretch: Stretch) -> bool:
+        return known.get(stretch.exposed.phase, summary.waiting_known)
+
     stretches = summary.exposed[:top]
     if summary.num_ranks == 1:
         del cells["rank"]
@@ -231,6 +265,22 @@ def _print_exposed(answer: Answer) -> None:
         body,
         names=2 if "then computes" in head else 1,
     )
+    for stretch in stretches[:_WORST]:
+        for line in _why(stretch, summary):
+            fill(line)
+
+
+def _why(stretch: Stretch, summary: Summary) -> Iterator[str]:
+    """What probably made a stretch of communication late, if waiting before it did."""
+    found = stretch.exposed
+    length = found.interval[1] - found.interval[0]
+    if found.waited_before > length > 2 * found.waiting:
+        rank = "" if summary.num_ranks == 1 else f"rank {stretch.rank}, "
+        yield (
+            f"{rank}{found.phase or 'communication'} at {ms(found.interval[0] - stretch.begin)} ms "
+            f"is probably late: before it its stream waited {ms(found.waited_before)} ms for other "
+            f"ranks, and never stood idle for as long as the {ms(length)} ms that are exposed"
+        )
 
 
 def _print_sm_split(answer: Answer) -> None:
@@ -271,12 +321,16 @@ def _print_by_name(title: str, summary: Summary, kernels: Sequence[Kernels]) -> 
         "runs": lambda k: str(k.count),
         "blocks": _blocks,
         "ms": lambda k: f"{summary.ms(k.busy):.3f}",
+        "algbw": lambda k: _speed(k.algorithm_bytes, k.busy),
+        "busbw": lambda k: _speed(k.bus_bytes, k.busy),
     }
-    for name in ("library", "blocks"):
+    for name in ("library", "blocks", "algbw", "busbw"):
         if all(cells[name](kernel) == "-" for kernel in kernels):
             del cells[name]
     columns = shutil.get_terminal_size().columns
-    for gone in ((), ("library",), ("library", "blocks"), ("library", "blocks", "runs", "kind")):
+    shown, rest, room = dict(cells), list[list[str]](), 0
+    for count in range(len(_KERNELS_FIRST_TO_GO) + 1):
+        gone = _KERNELS_FIRST_TO_GO[:count]
         shown = {name: cell for name, cell in cells.items() if name not in gone}
         rest = [[cell(kernel) for cell in shown.values()] for kernel in kernels]
         widths = [max(map(len, column)) for column in zip(list(shown), *rest, strict=True)]

@@ -200,7 +200,10 @@ def _apply(cls: type, base: Any, given: Mapping[str, Given], prefix: str) -> Any
     except ValueError as error:
         message, name = str(error), prefix[:-1]
         where = message if name.rpartition(".")[2] in message else f"{name}: {message}"
-        raise ConfigError(_sources(given, prefix, message) + where) from None
+        text = _sources(given, prefix, message) + where
+        for key in given:
+            text = text.replace(f"--{key}: {key}: ", f"--{key}: ")
+        raise ConfigError(text) from None
 
 
 def _sources(given: Mapping[str, Given], prefix: str, message: str = "") -> str:

@@ -138,7 +138,7 @@ def over_deep_ep(rank: int, world: int, version: str) -> dict[str, Any]:
         )
 
 
-def unlike(rank: int, world: int, pp: int) -> str:
+def unlike(rank: int, world: int, pp: int = 2) -> str:
     """What a rank is told that overlaps where another one, of its pipeline or not, does not."""
     mesh = Mesh.create(MeshShape(pp, world // pp, world // pp), timeout_s=30)
     plan = build("dualpipev", ranks=pp, microbatches=4)

@@ -14,7 +14,7 @@ from .findings import findings_of
 from .lineup import LineUp, line_up
 from .matched import Matched
 from .phases import PHASE_PATTERN
-from .phases_against import bare_phases, pairs_of, phase_times
+from .phases_against import bare_phases, no_pairs, pairs_of, phase_times
 from .report import Report
 from .rows import PhaseRun, Row, phase_runs
 from .simulated import Simulated, kind_of
@@ -114,8 +114,11 @@ def _by_phases(simulated: Simulated, lined: LineUp) -> Comparison:
     phases, pair = bare_phases(simulated, lined.phases, lined.ns_per_unit)
     ranks = of_pairs(lined.ranks, lined.bare, lined.phases, simulated, lined.ns_per_unit)
     missing = lined.missing
+    pairs = [pair for of in lined.phases for pair in pairs_of(of)]
+    if not pairs:
+        missing += (no_pairs(lined.phases),)
     if pair is not None and not ranks:
-        layers = sorted({pair.num_layers for of in lined.phases for pair in pairs_of(of)})
+        layers = sorted({pair.num_layers for pair in pairs})
         missing += (
             f"pairs of {' or '.join(map(str, layers))} layers were measured and none of as many "
             f"simulated; simulate with layers = {layers[0]} in [phases] to have the difference "

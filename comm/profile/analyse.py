@@ -7,21 +7,24 @@ are hidden by it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from .bandwidth import moved
+from .by_collective import with_collectives
 from .classify import RULES, Class, Rule, classify_all
+from .devices import of_device
 from .exposure import exposed_stretches
 from .infer import phases_of
 from .intervals import intersection, length, subtract, union
-from .kernel_table import COMMUNICATION, COMPUTE, COPY, UNKNOWN
+from .kernel_table import COMMUNICATION, COMPUTE, COPY, IN_NO_RULE, UNKNOWN
 from .phase_times import phase_times
-from .phases import PHASE_PATTERN, Phases
+from .phases import PHASE_PATTERN, Phases, started_moves
 from .pieces import Piece, is_waiting, pieces_of
 from .report import Kernels, Report, Totals
 from .sm import sm_split
 from .trace import Activity, Interval, Trace, TraceError
-from .window import activities_within, window_of
+from .window import activities_within, first_end, window_of
 
 
 class Sets(NamedTuple):
@@ -46,6 +49,7 @@ def analyse(
     window: Interval | str | None = None,
     *,
     phase_pattern: str = PHASE_PATTERN,
+    device: int | None = None,
 ) -> Report:
     """A report of one rank's trace.
 
@@ -55,20 +59,25 @@ def analyse(
         window: what to look at: from when to when, ns; or the name of a range that the program
             marked, such as "ProfilerStep#12", which stands for the time from the first start to
             the last end of what was launched within it (on a CPU: the range itself). By default
-            all that ran. Whatever runs within the window counts, also what was launched outside.
+            all that ran; of a trace that breaks off, up to where the first of its busy lanes
+            ends. Whatever runs within the window counts, also what was launched outside.
         phase_pattern: regular expression that the whole name of a phase fits, without " layer N".
+        device: index of the GPU, of several in one trace; None for that with most activities.
+            Whoever takes the report on, beside the trace, gives `of_device` of it here and there.
 
     Raises:
         TraceError: nothing ran in the trace.
-        ValueError: the window is empty, unknown or not one range; the pattern is wrong.
+        ValueError: the window is empty, unknown or not one range; the pattern is wrong; nothing
+            ran on the device.
     """
     if not trace.activities:
         raise TraceError(
             f"{trace.source}: no kernels and no operators, so there is nothing to analyse; record "
             "with activities CPU and CUDA, and leave the profiler before the trace is written"
         )
+    trace = of_device(trace, device)
     classes = classify_all((activity.name for activity in trace.activities), rules)
-    phases = phases_of(trace, classes, phase_pattern)
+    phases = with_collectives(trace, classes, phases_of(trace, classes, phase_pattern))
     bounds = window_of(trace, window, phases.runs)
     activities, runs = activities_within(trace.activities, phases.of, bounds)
     pieces = pieces_of(trace, activities, runs, classes, phases, bounds)
@@ -78,7 +87,12 @@ def analyse(
     by_phase, by_layer = phase_times(
         pieces, activities, runs, classes, phases, sets.compute, bounds
     )
-    missing = (*trace.missing, *phases.missing, *_missing(trace, phases, pieces, kernels, totals))
+    missing = (
+        *trace.missing,
+        *phases.missing,
+        *_cut_short(trace, window, bounds),
+        *_missing(trace, phases, pieces, kernels, totals),
+    )
     return Report(
         source=trace.source,
         rank=trace.rank,
@@ -158,6 +172,7 @@ def _kernel(known: Class, same: Sequence[Activity]) -> Kernels:
     blocks = [x * y * z for x, y, z in grids]
     exchanges = [activity.exchange for activity in same if activity.exchange is not None]
     sent = [exchange.sent_bytes for exchange in exchanges if exchange.sent_bytes is not None]
+    size, bus = moved(activity.exchange for activity in same)
     collectives = {exchange.collective for exchange in exchanges} - {""}
     # One kernel serves several collectives; what all of these say they are is the better name.
     role = collectives.pop() if len(collectives) == 1 and not is_waiting(known) else known.role
@@ -170,7 +185,30 @@ def _kernel(known: Class, same: Sequence[Activity]) -> Kernels:
         busy=sum(activity.end - activity.start for activity in same),
         blocks=(min(blocks), max(blocks)) if blocks else None,
         sent_bytes=sum(sent) if sent else None,
+        algorithm_bytes=size,
+        bus_bytes=bus,
     )
+
+
+def _cut_short(trace: Trace, window: Interval | str | None, bounds: Interval) -> Iterator[str]:
+    """What a trace that breaks off does to the window, in a sentence."""
+    if not trace.broken:
+        return
+    last = max(activity.end for activity in trace.activities)
+    end, lane = first_end(trace)
+    begin = trace.activities[0].start
+    lost = f"from {(end - begin) / 1e6:.3f} ms on, where {lane} ends,"
+    if window is None:
+        yield (
+            f"THE TRACE BREAKS OFF: {lost} streams may lack activities that come later in the "
+            f"file, so the {(last - end) / 1e6:.3f} ms from there on are left out; phases may lack "
+            "marks that come later, too"
+        )
+    elif bounds[1] > end:
+        yield (
+            f"THE TRACE BREAKS OFF: {lost} streams may lack activities that come later in the "
+            "file, and the window reaches beyond, so that what it tells as exposed may be hidden"
+        )
 
 
 def _missing(
@@ -187,12 +225,18 @@ def _missing(
             "Operators of a CPU nest: times by name count what an operator calls as well; all "
             "other times count once."
         )
+        started = sorted({phases.runs[index].name for index in started_moves(phases)})
+        if started:
+            found.append(
+                f"Computation of {', '.join(started)} is the host's: the thread that computes "
+                "prepares and starts what another thread moves, which alone is communication."
+            )
     busy = sum(kernel.busy for kernel in kernels)
     unknown = [kernel for kernel in kernels if kernel.group == UNKNOWN]
     if unknown and busy:
         share = 100 * sum(kernel.busy for kernel in unknown) / busy
         found.append(
-            f"{share:.2f} % of the time of what ran has names that are in no rule, {len(unknown)} "
+            f"{share:.2f} % of the time of what ran {IN_NO_RULE}, {len(unknown)} "
             f"of {len(kernels)}, and counts as computation, most of it {unknown[0].name[:80]!r}; "
             "if one communicates, name it in a file of rules."
         )

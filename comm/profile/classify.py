@@ -1,7 +1,8 @@
 """What a kernel or operator does, by its name: it computes, communicates or copies.
 
 The table of known names stands in `kernel_table`; a user's own rules come before it. What no rule
-names is "unknown": it counts as computation, and a report lists it with its time.
+names, or what looks like communication and is none that is known, is "unknown": it counts as
+computation, and a report lists it with its time.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Rule:
 
     Attributes:
         match: the expression; it is searched, not anchored.
-        group: "communication", "compute" or "copy".
+        group: "communication", "compute", "copy", or "unknown" for what is to be listed as that.
         role, library: as of `Class`. Communication of role "wait" only waits for other ranks.
         bare: search the name without return type, template arguments and parameters, in which
             other kernels' names often occur; otherwise in all of it.

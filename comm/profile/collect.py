@@ -6,6 +6,7 @@ before or after what they launch, so the two are joined at the end.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from operator import attrgetter
@@ -58,8 +59,9 @@ _IDLE_CALLS = frozenset(
         "StreamWaitEvent",
     )
 )
-# What torch's backends for CPUs mark of the transfers that their own threads carry out.
-_TRANSFERS = ("gloo:", "mpi:", "ucc:")
+# What torch's backends for CPUs mark of the transfers that their own threads carry out; sends and
+# receives they mark on the thread that posts them, until they have ended, whatever it does then.
+_TRANSFERS = re.compile(r"(?:gloo|mpi|ucc):(?!send|recv|receive)")
 _ON_HOST, _ON_DEVICE = "user_annotation", "gpu_user_annotation"
 _OPERATORS = frozenset(("cpu_op", "Operator"))
 _COLLECTIVE_OPERATOR = "record_param_comms"  # c10d's; its arguments describe the collective
@@ -113,6 +115,7 @@ class Collector:
         num_negative: events that end before they start; they are taken as without length.
         num_open: ranges that begin without an end, or end without a beginning.
         num_early: activities of the GPU that start before they were launched, once joined.
+        most_early: ns that one of them starts before its launch at most.
         num_unlaunched: those without a launch in the trace, once joined.
     """
 
@@ -126,6 +129,7 @@ class Collector:
         self.num_negative = 0
         self.num_open = 0
         self.num_early = 0
+        self.most_early = 0
         self.num_unlaunched = 0
         self._ran: list[_Ran] = []
         self._ops: list[tuple[str, int, int, Thread]] = []
@@ -191,7 +195,7 @@ class Collector:
         elif category == _ON_HOST:
             thread = self._thread(event)
             self._annotations.append(Annotation(name, start, start + length, thread))
-            if self.operators and name.startswith(_TRANSFERS):
+            if self.operators and _TRANSFERS.match(name):
                 self._ops.append((name, start, start + length, thread))
         elif category == _ON_DEVICE:
             lane = self._stream(event.get("tid"))
@@ -227,8 +231,12 @@ class Collector:
         )
         self._ran.append(ran)
 
-    def activities(self) -> list[Activity]:
-        """What ran on GPUs, by start, each with its launch; tells in `num_early` and so on."""
+    def activities(self, groups: Mapping[str, tuple[int, ...]]) -> list[Activity]:
+        """What ran on GPUs, by start, each with its launch; tells in `num_early` and so on.
+
+        Args:
+            groups: ranks of each process group, by name, as far as the trace lists them.
+        """
         self._pair_halves()
         joined: list[Activity] = []
         for ran in self._ran:
@@ -237,12 +245,16 @@ class Collector:
             if ran.correlation and (launch := self._launches.get(ran.correlation)):
                 launched, launcher = launch
                 # A recorder of whole us may show a kernel up to one before its launch.
-                self.num_early += ran.start + 1000 < launched
+                if ran.start + 1000 < launched:
+                    self.num_early += 1
+                    self.most_early = max(self.most_early, launched - ran.start)
             else:
                 self.num_unlaunched += 1
             told = ran.exchange
             if told is None and ran.external:
                 told = self._exchanges.get(ran.external)
+            if told is not None and not told.group_ranks and told.group in groups:
+                told = told._replace(group_ranks=groups[told.group])
             joined.append(Activity(*ran[:6], launched, launcher, *ran[6:9], told))
         joined.sort(key=attrgetter("start"))
         return joined

@@ -6,10 +6,11 @@ import re
 from collections.abc import Sequence
 
 from .classify import Class, Rule, classify_all
+from .devices import of_device
 from .infer import phases_of
 from .kernel_table import COMMUNICATION
 from .matching import Collective
-from .phases import PHASE_PATTERN, Phases, Run, is_exchange
+from .phases import PHASE_PATTERN, Phases, Run, is_exchange, started_moves
 from .trace import Activity, Trace
 
 # Between two ranks: the one's n-th is not the other's n-th.
@@ -30,6 +31,7 @@ def collectives_of(
     Sends and receives, which take two, are left out. On a CPU a move that the program marked, such
     as "dispatch(F) layer 3", is one collective, whatever it consists of.
     """
+    trace = of_device(trace)
     classes = classify_all((one.name for one in trace.activities), rules)
     phases = phases_of(trace, classes, phase_pattern)
     found = _moves(phases) if not trace.on_gpu else []
@@ -60,10 +62,11 @@ def _collective(activity: Activity, known: Class, run: Run | None) -> Collective
 
 def _moves(phases: Phases) -> list[Collective]:
     """Those that a CPU run's threads mark as phases."""
+    started = started_moves(phases)
     return [
         Collective((run.start, run.end), ("move", ""), run.name, run.layer)
-        for run in phases.runs
-        if is_exchange(run.name) and not run.name.startswith(_PAIRWISE)
+        for index, run in enumerate(phases.runs)
+        if is_exchange(run.name) and not run.name.startswith(_PAIRWISE) and index not in started
     ]
 
 

@@ -12,6 +12,9 @@ from .pieces import Piece
 from .report import Exposed
 from .trace import Interval
 
+# Of all that is exposed: of shorter stretches it is not asked what was before.
+_LEAST_SHARE = 0.01
+
 
 def exposed_stretches(
     pieces: Sequence[Piece],
@@ -34,20 +37,39 @@ def exposed_stretches(
     starts = [piece.start for piece in computing]
     owned = _owned(pieces, exposed)
     transferring = lengths_within(transfer, [interval for interval, _ in owned])
+    least = _LEAST_SHARE * sum(end - start for start, end in exposed)
+    by_lane: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        by_lane.setdefault(piece.lane, []).append(piece)
     found: list[Exposed] = []
     for (interval, owner), moved in zip(owned, transferring, strict=True):
-        name, layer = (runs[owner].name, runs[owner].layer) if owner >= 0 else ("", None)
+        run = owner.run
+        name, layer = (runs[run].name, runs[run].layer) if run >= 0 else ("", None)
         place = bisect_left(starts, interval[1])
         following = computing[place].run if place < len(computing) else -1
         next_phase = runs[following].name if following >= 0 else ""
-        waiting = interval[1] - interval[0] - moved
-        found.append(Exposed(interval, name, layer, next_phase, waiting))
+        long = interval[1] - interval[0]
+        before = _waited_before(by_lane[owner.lane], interval) if long >= least else 0
+        found.append(Exposed(interval, name, layer, next_phase, long - moved, before))
     return tuple(sorted(found, key=lambda one: (one.interval[0] - one.interval[1], one.interval)))
 
 
-def _owned(pieces: Sequence[Piece], exposed: Sequence[Interval]) -> list[tuple[Interval, int]]:
-    """The exposed intervals in parts, each with the run that communicated first in it."""
-    parts: list[tuple[Interval, int]] = []
+def _waited_before(lane: Sequence[Piece], stretch: Interval) -> int:
+    """How long a lane waited before a stretch, since it last stood idle for longer than that."""
+    start, idle = stretch[0], stretch[1] - stretch[0]
+    busy_from, waited = start, 0
+    for piece in reversed(lane[: bisect_left(lane, start, key=lambda one: one.start)]):
+        if busy_from - piece.end > idle:
+            break
+        busy_from = min(busy_from, piece.start)
+        if piece.waits:
+            waited += min(piece.end, start) - piece.start
+    return waited
+
+
+def _owned(pieces: Sequence[Piece], exposed: Sequence[Interval]) -> list[tuple[Interval, Piece]]:
+    """The exposed intervals in parts, each with what communicated first in it."""
+    parts: list[tuple[Interval, Piece]] = []
     place, owned_to = 0, 0
     for piece in pieces:
         if piece.group != COMMUNICATION or piece.end <= owned_to:
@@ -59,8 +81,8 @@ def _owned(pieces: Sequence[Piece], exposed: Sequence[Interval]) -> list[tuple[I
         while ahead < len(exposed) and exposed[ahead][0] < owned_to:
             part = (max(exposed[ahead][0], start), min(exposed[ahead][1], owned_to))
             ahead += 1
-            if parts and parts[-1][1] == piece.run and parts[-1][0][1] == part[0]:
-                parts[-1] = ((parts[-1][0][0], part[1]), piece.run)
+            if parts and parts[-1][1].run == piece.run and parts[-1][0][1] == part[0]:
+                parts[-1] = ((parts[-1][0][0], part[1]), parts[-1][1])
             else:
-                parts.append((part, piece.run))
+                parts.append((part, piece))
     return parts

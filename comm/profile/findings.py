@@ -65,7 +65,7 @@ def _of_row(comparison: Comparison, longest: RankDifference) -> Iterator[str]:
     rest = parts[len(told) :]
     if rest:
         difference = sum(part.difference for part in rest)
-        yield f"{_more(difference)}: the other {len(rest)} parts together, each of them smaller."
+        yield f"{_more(difference)}: all other parts together, each of them smaller."
 
 
 def _of_part(part: Part, phase: PhaseTime | None) -> str:

@@ -4,7 +4,8 @@ A dispatch whose counts are exchanged just before (`notify_dispatch`) is a forwa
 with a layout kept from before (`cached_notify`) carries gradients back the way of a combine: it is
 combine(B). A combine answers the oldest dispatch that none has answered: after a forward dispatch
 it is combine(F), after a combine(B) it is dispatch(B). Where libraries show no such difference, the
-thread tells: autograd runs backward on a thread of its own.
+thread tells: autograd runs backward on a thread of its own. A forward that is recomputed runs there
+too: twice as many moves as of the first thread are forward and backward by turns.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from itertools import pairwise
 
 from .classify import Class, bare_name
 from .kernel_table import COMMUNICATION, GEMM
+from .numbering import numbered
 from .phases import PHASE_PATTERN, Phases, Run, marked_phases
 from .trace import Activity, Thread, Trace
 
@@ -46,6 +48,7 @@ class _Move:
         members: index of each activity that takes part, notifications before it included.
         thread: that launched it; None if not told.
         time: of its launch, or else its start.
+        layer: its number by order; None while it is not told.
     """
 
     role: str
@@ -53,6 +56,7 @@ class _Move:
     members: list[int]
     thread: Thread | None
     time: int
+    layer: int | None = None
 
     @property
     def phase(self) -> str:
@@ -79,8 +83,9 @@ def phases_of(
 def infer_phases(trace: Trace, classes: Mapping[str, Class]) -> Phases:
     """The phases of dispatches and combines, and of what computes between them.
 
-    Layers cannot be told. Nor can what computes be, where forward and backward are interleaved by
-    one thread. The sentences in `missing` say which rule was used and what is left open.
+    Layers are numbered by their order, where that is regular. What computes cannot be told where
+    forward and backward are interleaved by one thread. The sentences in `missing` say which rule
+    was used and what is left open.
 
     Args:
         trace: of a GPU run.
@@ -92,15 +97,16 @@ def infer_phases(trace: Trace, classes: Mapping[str, Class]) -> Phases:
     rule = _direct(moves)
     runs: list[Run] = []
     of = [-1] * len(trace.activities)
+    numbers = _number(moves)
     computing = _computing(trace.activities, classes, moves)
-    named = [(move.phase, move.members) for move in moves] + computing
-    for name, members in named:
+    named = [(move.phase, move.layer, move.members) for move in moves] + computing
+    for name, layer, members in named:
         for index in members:
             of[index] = len(runs)
         start = min(trace.activities[index].start for index in members)
         end = max(trace.activities[index].end for index in members)
-        runs.append(Run(name, None, start, end, None))
-    missing = [f"The trace marks no phases: they were inferred. {rule}", _NO_LAYERS]
+        runs.append(Run(name, layer, start, end, None))
+    missing = [f"The trace marks no phases: they were inferred. {rule}", numbers]
     if not computing:
         missing.append(_NO_COMPUTING)
     return Phases(tuple(runs), tuple(of), inferred=True, missing=tuple(missing))
@@ -194,17 +200,37 @@ def _direct(moves: Sequence[_Move]) -> str:
             move.direction = own.pop() if len(own) == 1 else answered
         return _BY_NOTIFICATION
     threads = list(dict.fromkeys(move.thread for move in moves))
-    if len(threads) == 2 and None not in threads:
-        for move in moves:
-            move.direction = "FB"[threads.index(move.thread)]
+    if len(threads) != 2 or None in threads:
+        return _UNDIRECTED
+    first, second = ([move for move in moves if move.thread == thread] for thread in threads)
+    for move in first:
+        move.direction = "F"
+    if len(second) <= len(first):
+        for move in second:
+            move.direction = "B"
         return _BY_THREAD
-    return _UNDIRECTED
+    if len(second) != 2 * len(first):
+        return _UNEVEN
+    for place, move in enumerate(second):
+        move.direction = "FB"[place // 2 % 2]
+    return _RECOMPUTED
+
+
+def _number(moves: Sequence[_Move]) -> str:
+    """Give each move its layer where order tells it; returns what there is to say of it."""
+    ordered = sorted(moves, key=lambda move: move.time)
+    layers = numbered([move.phase for move in ordered])
+    if layers is None:
+        return _NO_LAYERS
+    for move, layer in zip(ordered, layers, strict=True):
+        move.layer = layer
+    return _NUMBERED
 
 
 def _computing(
     activities: Sequence[Activity], classes: Mapping[str, Class], moves: Sequence[_Move]
-) -> list[tuple[str, list[int]]]:
-    """What computes between moves of one thread, by phase; see `_BETWEEN`."""
+) -> list[tuple[str, int | None, list[int]]]:
+    """What computes between moves of one thread, by phase and layer; see `_BETWEEN`."""
     by_thread: dict[Thread, list[_Move]] = {}
     for move in moves:
         if move.thread is not None:
@@ -220,12 +246,14 @@ def _computing(
         if thread not in times or launched is None or communicates or index in taken:
             continue
         found.setdefault((thread, bisect_left(times[thread], launched)), []).append(index)
-    phases: list[tuple[str, list[int]]] = []
+    phases: list[tuple[str, int | None, list[int]]] = []
     for thread, of_thread in by_thread.items():
         for place, (before, after) in enumerate(pairwise(of_thread), 1):
             name = _BETWEEN.get((before.phase, after.phase))
             if name is not None and (thread, place) in found:
-                phases.append((name, found[thread, place]))
+                # A forward's attention comes before its layer's dispatch, all else after a move.
+                layer = after.layer if name == "attn(F)" else before.layer
+                phases.append((name, layer, found[thread, place]))
     return phases
 
 
@@ -240,10 +268,28 @@ _BY_THREAD = (
     "all-to-alls by turns for dispatch and combine, where a matrix product lies between. "
     "All-to-alls of another purpose would be told wrong."
 )
+_RECOMPUTED = (
+    "The thread that communicates first is taken for forward. The other, autograd's, has twice its "
+    "moves, which are taken for a layer's recomputed forward and its backward by turns; with "
+    "several layers recomputed at once they would be told wrong. All-to-alls are by turns dispatch "
+    "and combine, where a matrix product lies between."
+)
+_UNEVEN = (
+    "The thread that communicates first is taken for forward. The other, autograd's, has more "
+    "moves, and not twice as many: forward may be recomputed there, and which of its moves are of "
+    "a forward and which of a backward cannot be told. All-to-alls are by turns dispatch and "
+    "combine, where a matrix product lies between."
+)
 _UNDIRECTED = (
     "Whether a dispatch or combine is of a forward or a backward cannot be told: their kernels "
     "show no difference, and one thread launched all. All-to-alls count as dispatch and combine "
     "by turns, where a matrix product lies between."
+)
+_NUMBERED = (
+    "The trace names no layers: they are numbered from 0 in the order in which each phase runs, "
+    "from 0 again where forward and backward take turns. So layer 0 of a backward phase is the "
+    "layer it begins with, and where forward and backward are interleaved, the layers of a further "
+    "micro-batch go on counting."
 )
 _NO_LAYERS = "Layers cannot be told: mark ranges such as 'dispatch(F) layer 3' to see them."
 _NO_COMPUTING = (
@@ -252,5 +298,5 @@ _NO_COMPUTING = (
 )
 _NOTHING = (
     "The trace marks no phases, and none can be inferred: it has no kernels of dispatch, combine "
-    "or all-to-all."
+    "or all-to-all. Its communication is listed by collective and process group."
 )

@@ -2,7 +2,10 @@
 
 Each row is library, role, group and expression. An expression is searched in the bare name:
 without return type, template arguments and parameters, because those repeat other kernels' names.
-The first row that fits counts, so communication stands before what any library may compute.
+The first row that fits counts, so communication stands before what any library may compute. A name
+that has words of an exchange and that no row of communication knows is left unknown rather than
+taken for computation, because a report lists what is unknown, and an exchange that counts as
+computation would seem to hide others.
 
 Of an exchange, what only waits for other ranks has the role "wait": notifications, which wait for
 every peer's counts, barriers, and kernels that wait for a signal. What works out a layout from the
@@ -15,15 +18,20 @@ COMMUNICATION = "communication"
 COMPUTE = "compute"
 COPY = "copy"
 UNKNOWN = "unknown"
-GROUPS = (COMMUNICATION, COMPUTE, COPY)
+GROUPS = (COMMUNICATION, COMPUTE, COPY, UNKNOWN)
 
 WAIT = "wait"
 GEMM = "gemm"
+
+# In what a report says of names that are in no row.
+IN_NO_RULE = "has names that are in no rule"
 
 # DeepSeek's own builds and forks name the namespace otherwise, but it ends in "ep".
 _DEEP_EP = r"ep::(legacy::)?(internode|intranode|internode_ll)::"
 _ELASTIC = r"(^|ep::elastic::)"
 _NCCL = r"^nccl(Symk?)?(Dev)?Kernel_"
+
+_SYMMETRIC = r"^(c10d::)?(symmetric_memory::)?"
 
 _NCCL_ROLES = (
     ("AllReduce", "allreduce"),
@@ -69,6 +77,8 @@ _EXCHANGES = (
     ("HybridEP", WAIT, r"(^|hybrid_ep::)device_sync_kernel$"),
     ("MORI", "dispatch", r"^(mori::\w+::)?EpDispatch\w*Kernel"),
     ("MORI", "combine", r"^(mori::\w+::)?EpCombine\w*Kernel"),
+    ("TensorRT-LLM", "dispatch", r"(^|::)moeA2ADispatchKernel$"),
+    ("TensorRT-LLM", "combine", r"(^|::)moeA2ACombineKernel$"),
 )
 
 _COLLECTIVES = (
@@ -80,8 +90,8 @@ _COLLECTIVES = (
     ("NVSHMEM", "all_to_all", r"^(nvshmem\w*_)?alltoall\w*_on_stream_kernel"),
     ("NVSHMEM", "collective", r"^nvshmem|_on_stream_kernel(_threadgroup)?$"),
     ("MSCCL++", "collective", r"\bmscclpp\w*::"),
-    ("symmetric memory", WAIT, r"(^|::)(barrier|wait_signal)_kernel$"),
-    ("symmetric memory", "send", r"(^|::)put_signal_kernel$"),
+    ("symmetric memory", WAIT, f"{_SYMMETRIC}(barrier|wait_signal)_kernel$"),
+    ("symmetric memory", "send", f"{_SYMMETRIC}put_signal_kernel$"),
     (
         "symmetric memory",
         "allreduce",
@@ -96,6 +106,18 @@ _COLLECTIVES = (
     ("userbuffers", "receive", r"^k?userbuffers_(push|pull)recv"),
     ("userbuffers", "send_recv", r"^k?userbuffers_(push|pull)send"),
     ("vLLM", "allreduce", r"(^|::)cross_device_reduce_[12]stage$"),
+    ("quickreduce", "allreduce", r"^quickreduce::allreduce_prototype_\w+$"),
+    # Each is fused with what follows the sum, and waits for its peers all the same.
+    (
+        "TensorRT-LLM",
+        "allreduce",
+        r"(^|::)(allreduce_fusion_kernel_(one|two)shot\w*|(one|two)shot_?all_?reduce\w*kernel)$",
+    ),
+    (
+        "TensorRT-LLM",
+        "allreduce",
+        r"(^|::)((one|two)shotAllreduce\w*Kernel|lamport_style_one_shot_all_reduce_\w+)$",
+    ),
 )
 
 _OPERATORS = (
@@ -126,11 +148,25 @@ _WHOLE_ATTENTION = r"^(void )?cutlass::.*([Ff]lash|[Ff]mha|[Aa]ttention)"
 _COMPUTING = (
     ("DeepEP", "layout", r"ep::(\w+::)*get_dispatch_layout$"),
     ("DeepEP", "layout", _DEEP_EP + r"(query|update|clean)_mask_buffer$"),
-    ("HybridEP", "layout", r"hybrid_ep::|^(update_expected_value|permute_preprocessing)_kernel$"),
     ("PyTorch", "", r"^at::|^at_cuda_detail::|^c10::|^at_\w+::"),
-    ("Triton", "", r"^triton_"),
+    # What a compiler fused is named after the operators in it, collectives it only prepares too.
+    ("Triton", "", r"^triton_(poi|per|red|tem|for|mm|unk)_fused"),
     ("cuDNN", "", r"^cudnn"),
     ("CUB", "", r"^(at_cuda_detail::)?(cub|thrust)::"),
+)
+
+# Words of an exchange, in a name that no row of communication knows.
+_SUSPICIOUS = (
+    r"(?i)all_?reduce|all_?gather|reduce_?scatter|all_?to_?all|nvls|multimem",
+    r"(^|[_:])a2a|A2A",
+    r"(?i)(ep|moe).*(dispatch|combine)",
+    r"(^|[_:])(ag|rs|gather_rs)_(gemm|kernel)|(^|[_:])gemm_(rs|ar)(_|$)",
+    r"(^|[_:])barrier_kernel$",
+)
+
+_OTHER_LIBRARIES = (
+    ("HybridEP", "layout", r"hybrid_ep::|^(update_expected_value|permute_preprocessing)_kernel$"),
+    ("Triton", "", r"^triton_"),
 )
 
 _KINDS_OF_COMPUTING = (
@@ -143,9 +179,17 @@ _KINDS_OF_COMPUTING = (
     r"conv|winograd|im2col|pool|fft",
 )
 
-_COMPUTING_OPERATORS = (
+# Operators of a CPU run that may be named after an exchange and never are one themselves.
+_TENSOR_OPERATORS = (
     r"^(aten|prims?|mkldnn|onednn|quantized|torchvision|_quantized|prim)::",
     r"^(torch::)?autograd::|Backward\d*$|^detach_?$",
+)
+
+# The functions that this project adds to autograd. Those of dispatch and combine prepare a move and
+# then wait for it; the move itself runs, and is marked, on the thread that communicates.
+_OWN = r"^_(Linear|GroupedLinear|RMSNorm|SwigluMLP|Dispatch|Combine)$"
+
+_COMPUTING_OPERATORS = (
     r"^Optimizer\.|^torch::|^torchao::|^inductor::|^Torch-Compiled Region|^TorchDynamo",
     r"^transformer_engine|^enumerate\(DataLoader\)",
 )
@@ -158,6 +202,10 @@ ROWS: tuple[tuple[str, str, str, str, bool], ...] = (
     ("", "peer_copy", COMMUNICATION, r"^Memcpy PtoP\b|^CopyPeerToPeer", True),
     *(("", "", COPY, match, True) for match in _COPIES),
     *((library, role, COMPUTE, match, True) for library, role, match in _COMPUTING),
+    *(("", "", COMPUTE, match, True) for match in _TENSOR_OPERATORS),
+    ("counterflow", "", COMPUTE, _OWN, True),
+    *(("", "", UNKNOWN, match, True) for match in _SUSPICIOUS),
+    *((library, role, COMPUTE, match, True) for library, role, match in _OTHER_LIBRARIES),
     ("", "attention", COMPUTE, _WHOLE_ATTENTION, False),
     *(("", GEMM, COMPUTE, match, True) for match in _GEMM),
     ("", "attention", COMPUTE, _ATTENTION, True),

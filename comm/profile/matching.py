@@ -64,6 +64,30 @@ class Matched(NamedTuple):
         return next(iter(self.parts.values()))
 
 
+def is_of_one_group(
+    matched: Matched, world_size: int | None, groups: Collection[tuple[int, ...]] = ()
+) -> bool:
+    """Whether its ranks are known to be of one group, rather than taken for one.
+
+    Where nothing tells the group, ranks of several groups can be alike: two replicas' experts. Not
+    among three ranks or fewer that are all there are, as a group of one exchanges nothing.
+
+    Args:
+        matched: with all its parts.
+        world_size: ranks of the run; None if not told.
+        groups: ranks of all process groups there are; () if not told. If each that has any two of
+            the collective's ranks has all of them, the collective's has.
+    """
+    exchange = matched.first.exchange
+    told = exchange is not None and bool(exchange.group or exchange.group_ranks)
+    few = world_size is not None and world_size <= _SURELY_ONE
+    ranks = set(matched.parts)
+    only = bool(groups) and all(
+        ranks <= set(group) for group in groups if len(ranks.intersection(group)) > 1
+    )
+    return matched.by_sequence or told or few or only
+
+
 class Unmatched(NamedTuple):
     """Collectives of one kind that were not matched across ranks.
 
@@ -88,6 +112,7 @@ class Matching(NamedTuple):
 _Group: TypeAlias = tuple[str, tuple[int, ...]]  # name and ranks: subgroups may share a name
 _Parts: TypeAlias = dict[int, Collective]
 
+_SURELY_ONE = 3  # ranks
 _NOT_ON_ALL = "not every rank of the group has it, as traces begin or end at different moments"
 
 

@@ -55,7 +55,10 @@ def measured_runs(
             runs.append(Run(piece.start, piece.end, part, launched=at))
         else:
             of = phases.runs[piece.run]
-            runs.append(Run(piece.start, piece.end, part, of.name, of.layer, piece.run, at))
+            # Inferred phases leave out what computes at either end: no pairs can be made of them.
+            layer = None if phases.inferred else of.layer
+            place = (of.name, layer, piece.run, at, of.within)
+            runs.append(Run(piece.start, piece.end, part, *place))
     if not trace.on_gpu:
         # Not cut to the window: it begins with the first operator, and an action may before.
         runs += _marked_waits(trace, phase_pattern)

@@ -47,9 +47,45 @@ def exchange(args: Mapping[str, Any]) -> Exchange | None:
         group=str(args.get("Process Group Name", "")),
         group_size=whole(args.get("Group size")),
         sequence=whole(args.get("Seq")),
-        sent_splits=_splits(args.get("In split size")),
-        received_splits=_splits(args.get("Out split size")),
+        sent_splits=_numbers(args.get("In split size")),
+        received_splits=_numbers(args.get("Out split size")),
+        group_ranks=_numbers(args.get("Process Group Ranks")),
     )
+
+
+def groups(top: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Ranks of each process group that a trace lists, by name; without those listed in part.
+
+    Args:
+        top: top-level keys and values of the trace. c10d's list is `distributedInfo.pg_config`;
+            it leaves out the ranks of a group that all belong to.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    world_size = whole(_mapping(top.get("distributedInfo")).get("world_size"))
+    for entry in _listed_groups(top):
+        size, ranks = whole(entry.get("pg_size")), _numbers(entry.get("ranks"))
+        if not ranks and size is not None and size == world_size:
+            ranks = tuple(range(size))
+        if ranks and size in (None, len(ranks)) and entry.get("pg_name"):
+            found[str(entry["pg_name"])] = ranks
+    return found
+
+
+def all_groups(top: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
+    """Ranks of every process group that a trace lists; () if any is not listed in full."""
+    found = groups(top)
+    return tuple(found.values()) if len(found) == len(_listed_groups(top)) else ()
+
+
+def _listed_groups(top: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """c10d's entries, which may be written as text."""
+    listed = _mapping(top.get("distributedInfo")).get("pg_config")
+    if isinstance(listed, str):
+        try:
+            listed = json.loads(listed)
+        except ValueError:
+            return []
+    return [_mapping(one) for one in cast(list[object], listed)] if isinstance(listed, list) else []
 
 
 def element_bytes(dtype: str) -> int | None:
@@ -109,8 +145,8 @@ def _product(count: object, size: int | None) -> int | None:
     return None if number is None or size is None else number * size
 
 
-def _splits(value: object) -> tuple[int, ...]:
-    """Splits as a list or as its text; () if they are not all there, as in "[1, 2, ...]"."""
+def _numbers(value: object) -> tuple[int, ...]:
+    """Numbers as a list or as its text; () if they are not all there, as in "[1, 2, ...]"."""
     if isinstance(value, str):
         try:
             value = json.loads(value)

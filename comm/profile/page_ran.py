@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
+from .by_collective import with_collectives
 from .classify import RULES, Rule, classify_all
 from .infer import phases_of
 from .kernel_table import COMMUNICATION, COPY, WAIT
@@ -55,7 +56,7 @@ def ran_on(
         rules, phase_pattern: that the report was made with.
     """
     classes = classify_all((activity.name for activity in trace.activities), rules)
-    phases = phases_of(trace, classes, phase_pattern)
+    phases = with_collectives(trace, classes, phases_of(trace, classes, phase_pattern))
     activities, runs = activities_within(trace.activities, phases.of, report.window)
     if not trace.on_gpu:
         # Operators nest, so that their own times would count twice: pieces do not.

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from .bandwidth import moved
+from .by_collective import is_by_collective
 from .classify import Class
 from .intervals import intersection, length, union
 from .kernel_table import COMMUNICATION, COMPUTE
 from .phases import Phases
 from .pieces import Piece, is_waiting
 from .report import Phase
-from .trace import Activity, Interval
+from .trace import Activity, Exchange, Interval
 
 _Key = tuple[str, int | None]  # a phase's name and layer; None for all layers
 
@@ -27,6 +29,8 @@ class _Gathered:
     start: int | None = None
     end: int = 0
     sent_bytes: list[int | None] = field(default_factory=list["int | None"])
+    exchanges: list[Exchange | None] = field(default_factory=list["Exchange | None"])
+    waits: bool = False
 
 
 def phase_times(
@@ -57,10 +61,15 @@ def phase_times(
         _gather(_both(gathered, phases, run), ran)
     for activity, run in zip(activities, runs, strict=True):
         known = classes[activity.name]
-        if run >= 0 and known.group == COMMUNICATION and not is_waiting(known):
-            sent = activity.exchange.sent_bytes if activity.exchange else activity.num_bytes
-            for one in _both(gathered, phases, run):
+        if run < 0 or known.group != COMMUNICATION:
+            continue
+        sent = activity.exchange.sent_bytes if activity.exchange else activity.num_bytes
+        for one in _both(gathered, phases, run):
+            if is_waiting(known):
+                one.waits = True
+            else:
                 one.sent_bytes.append(sent)
+                one.exchanges.append(activity.exchange)
     _add_empty_runs(gathered, phases, window)
     behind = {name: union(one.compute) for (name, layer), one in gathered.items() if layer is None}
     behind[""] = union(outside)
@@ -120,6 +129,7 @@ def _phase(
     comm = union(one.comm)
     comm_ns = length(comm)
     known = [sent for sent in one.sent_bytes if sent is not None]
+    size, bus = moved(one.exchanges)
     hidden_by = {
         name: hidden
         for name, others in behind.items()
@@ -135,6 +145,9 @@ def _phase(
         exposed=comm_ns - length(intersection(comm, compute)),
         waiting=comm_ns - length(union(one.transfer)),
         behind=hidden_by,
-        inferred=inferred,
+        inferred=inferred and not is_by_collective(key[0]),
         sent_bytes=sum(known) if known and len(known) == len(one.sent_bytes) else None,
+        waiting_known=one.waits,
+        algorithm_bytes=size,
+        bus_bytes=bus,
     )

@@ -36,6 +36,8 @@ class Run(NamedTuple):
             around it; None if neither can be told.
         start, end: of the marked range, ns.
         thread: that marked it; None if the profiler drew it on the device.
+        within: number of the innermost range around it, on its thread, that is no phase and no
+            wait; -1 for none.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Run(NamedTuple):
     start: int
     end: int
     thread: Thread | None
+    within: int = -1
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,22 @@ def is_exchange(name: str) -> bool:
     return _EXCHANGE.match(name) is not None
 
 
+def started_moves(phases: Phases) -> frozenset[int]:
+    """Of a CPU run, marks of exchanges whose thread only prepares and starts them, by index.
+
+    They lie on a thread that marks phases that compute, too, and a thread that does not marks the
+    same phase: that one moves the data. Without such a thread, as in a run that waits for each
+    exchange at once, the mark is the exchange itself.
+    """
+    computing = {run.thread for run in phases.runs if not is_exchange(run.name)}
+    moved = {run.name for run in phases.runs if run.thread not in computing}
+    return frozenset(
+        index
+        for index, run in enumerate(phases.runs)
+        if is_exchange(run.name) and run.thread in computing and run.name in moved
+    )
+
+
 def is_wait(name: str) -> bool:
     """Whether a range of this name marks that its thread waits: "wait dispatch(F)"."""
     return name.startswith("wait ")
@@ -200,11 +219,13 @@ def _runs(phases: Sequence[_Marked], others: Sequence[Annotation]) -> tuple[Run,
     runs: list[Run] = []
     for annotation, name, layer in phases:
         thread = annotation.thread
+        outer = -1
+        if thread is not None and thread in around:
+            outer = around[thread].at(annotation.start)
         if not named and thread is not None:
-            outer = around[thread].at(annotation.start) if thread in around else -1
             layer = counted.get((thread, outer, name), 0)
             counted[thread, outer, name] = layer + 1
-        runs.append(Run(name, layer, annotation.start, annotation.end, thread))
+        runs.append(Run(name, layer, annotation.start, annotation.end, thread, outer))
     return tuple(runs)
 
 

@@ -106,26 +106,61 @@ def _expected(simulated: Simulated, ns_per_unit: float) -> list[PhaseRun]:
 def pairs_of(runs: Iterable[PhaseRun]) -> list[PairRun]:
     """The pairs of chunks that runs of phases, by start, are of.
 
-    A new one begins where a phase is not at a later layer than before.
+    A marked range that holds phases of a forward and of a backward (DeepSeek's "1F1B") is one, or
+    several; without such ranges all runs are looked at together. Within it a new pair begins where
+    a phase comes again for the same layer, whatever the layers' order: a backward passes them from
+    the last to the first. Runs whose layer is not told are of no pair, and what has only phases of
+    a forward or only those of a backward is none.
     """
-    pairs: list[list[PhaseRun]] = []
-    reached: dict[str, int] = {}
-    for run in runs:
-        layer = run.layer or 0
-        if not pairs or layer <= reached.get(run.phase, -1):
-            pairs.append([])
-            reached = {}
-        reached[run.phase] = layer
-        pairs[-1].append(run)
+    known = [run for run in runs if run.layer is not None]
+    ranges: defaultdict[int, list[PhaseRun]] = defaultdict(list)
+    for run in known:
+        ranges[run.within].append(run)
+    marked = [of for within, of in ranges.items() if within >= 0 and _is_pair(of)]
+    pairs = [pair for of in marked or [known] for pair in _split(of) if _is_pair(pair)]
     return [
-        PairRun(
-            number,
-            min(run.start for run in of),
-            max(run.end for run in of),
-            len({run.layer for run in of}),
-        )
+        PairRun(number, min(run.start for run in of), max(run.end for run in of), _num_layers(of))
         for number, of in enumerate(pairs)
     ]
+
+
+def no_pairs(phases: Iterable[Iterable[PhaseRun]]) -> str:
+    """Why traces without actions show no pair, in a sentence."""
+    told = any(run.layer is not None for of in phases for run in of)
+    why = (
+        "no stretch has phases of both a forward and a backward"
+        if told
+        else "the traces mark no phases with layers"
+    )
+    return f"no pair of chunks is compared, as {why}; mark actions such as (0F7;7B3)"
+
+
+def _split(runs: Iterable[PhaseRun]) -> list[list[PhaseRun]]:
+    """Runs cut before each that repeats a phase and layer since the last cut."""
+    parts: list[list[PhaseRun]] = []
+    seen: set[tuple[str, int | None]] = set()
+    for run in runs:
+        if not parts or (run.phase, run.layer) in seen:
+            parts.append([])
+            seen = set()
+        seen.add((run.phase, run.layer))
+        parts[-1].append(run)
+    return parts
+
+
+def _is_pair(runs: Iterable[PhaseRun]) -> bool:
+    """Whether there are phases of a forward and of a backward for inputs."""
+    return {"F", "B"} <= {_half(run) for run in runs}
+
+
+def _half(run: PhaseRun) -> str:
+    """F, B or W, as the phase's name ends; I is B."""
+    return run.phase[-2:-1].replace("I", "B") if run.phase.endswith(")") else ""
+
+
+def _num_layers(runs: Sequence[PhaseRun]) -> int:
+    """Layers that either chunk passes; the two need not be the same ones."""
+    return max(len({run.layer for run in runs if _half(run) == half}) for half in ("F", "B"))
 
 
 def phase_times(

@@ -2,18 +2,20 @@
 
 On a GPU a piece is a kernel, copy or fill. On a CPU a thread does one thing at a time although its
 operators nest: what communicates inside an operator is communication, and what is marked as a wait
-is nothing at all.
+is nothing at all. All the rest of a phase that computes is computation, between its operators too,
+where the thread runs Python; and so is an exchange's mark on such a thread if another one moves the
+data, as then it only prepares and starts the move.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from .classify import Class
 from .intervals import intersection, subtract, union
 from .kernel_table import COMMUNICATION, COMPUTE, COPY, UNKNOWN, WAIT
-from .phases import Innermost, Phases, is_exchange, is_wait
+from .phases import Innermost, Phases, is_exchange, is_wait, started_moves
 from .trace import Activity, Interval, Thread, Trace
 
 
@@ -77,6 +79,11 @@ def is_waiting(known: Class) -> bool:
     return known.group == COMMUNICATION and known.role == WAIT
 
 
+# Gloo marks a message from when it is posted until it is done, on the thread that posted it: one
+# that computes goes on meanwhile, so that the message runs beside it, of no phase.
+_MESSAGES = ("send", "receive")
+
+
 class _Doing(NamedTuple):
     """What ran on a thread, as intervals that may overlap."""
 
@@ -96,6 +103,8 @@ def _of_threads(
 ) -> list[Piece]:
     """Operators of each thread, cut where its innermost phase changes."""
     doing: dict[str, _Doing] = {}
+    pieces: list[Piece] = []
+    computing = {run.thread for run in phases.runs if not is_exchange(run.name)}
     lanes: dict[Thread, str] = {}
     for activity in trace.activities:
         if activity.launcher is not None:
@@ -104,39 +113,52 @@ def _of_threads(
         mine = doing.setdefault(activity.lane, _Doing([], [], [], [], []))
         known = classes[activity.name]
         interval = (activity.start, activity.end)
-        if known.group == COMMUNICATION:
+        if known.role in _MESSAGES and known.library == "gloo" and activity.launcher in computing:
+            pieces.append(Piece(*interval, COMMUNICATION, False, -1, activity.lane))
+        elif known.group == COMMUNICATION:
             (mine.waiting if known.role == WAIT else mine.transfer).append(interval)
         else:
             (mine.copy if known.group == COPY else mine.compute).append(interval)
+    by_lane: dict[str, Innermost] = {}
+    for thread, innermost in phases.by_thread.items():
+        lane = lanes.setdefault(thread, f"thread {thread[1]}")
+        by_lane[lane] = innermost
+        doing.setdefault(lane, _Doing([], [], [], [], []))
     for annotation in trace.annotations:
         if annotation.thread is not None and is_wait(annotation.name):
             lane = lanes.get(annotation.thread, "")
             if lane in doing:
                 doing[lane].pauses.append((annotation.start, annotation.end))
-    by_lane: dict[str, Innermost] = {}
-    for thread, innermost in phases.by_thread.items():
-        lane = lanes.get(thread, f"thread {thread[1]}")
-        by_lane[lane] = innermost
-        doing.setdefault(lane, _Doing([], [], [], [], []))
-    pieces: list[Piece] = []
+    moves = {index for index, run in enumerate(phases.runs) if is_exchange(run.name)}
+    moves -= started_moves(phases)
     for lane, mine in doing.items():
-        pieces += _of_thread(lane, mine, by_lane.get(lane, Innermost()), phases, window)
+        pieces += _of_thread(lane, mine, by_lane.get(lane, Innermost()), moves, window)
     return sorted(pieces)
 
 
 def _of_thread(
-    lane: str, mine: _Doing, innermost: Innermost, phases: Phases, window: Interval
+    lane: str, mine: _Doing, innermost: Innermost, moves: Collection[int], window: Interval
 ) -> list[Piece]:
-    """One thread's pieces: communication before what it is nested in, waits taken out."""
+    """One thread's pieces: communication before what it is nested in, waits taken out.
+
+    Args:
+        lane: the thread.
+        mine: what ran on it.
+        innermost: which run of a phase it is in, and when.
+        moves: the runs that communicate.
+        window: outside of which nothing counts.
+    """
     stretches = innermost.stretches()
-    marked = union(interval for interval, run in stretches if is_exchange(phases.runs[run].name))
+    marked = union(interval for interval, run in stretches if run in moves)
+    computing = union(interval for interval, run in stretches if run not in moves)
     pauses = union(mine.pauses)
     operators = union(mine.transfer)
     waiting = subtract(union(mine.waiting), operators)
     marked = subtract(subtract(marked, pauses), waiting)
     transfer = intersection(union([*operators, *marked]), [window])
     busy = union([*transfer, *waiting, *pauses])
-    compute = subtract(union(mine.compute), busy)
+    computing = intersection(computing, [window])
+    compute = subtract(union([*mine.compute, *computing]), busy)
     copy = subtract(subtract(union(mine.copy), busy), compute)
     parts = ((compute, COMPUTE, False), (copy, COPY, False))
     exchanges = ((transfer, COMMUNICATION, False), (waiting, COMMUNICATION, True))

@@ -18,7 +18,7 @@ from .classify import RULES, Rule
 from .clocks import Clock, align
 from .collectives import collectives_of
 from .imbalance import Imbalance, imbalance_of
-from .matching import Matched, Matching, Unmatched, match
+from .matching import Matched, Matching, Unmatched, is_of_one_group, match
 from .phases import PHASE_PATTERN
 from .report import Report
 from .skew import PhaseAcross, Share, by_phase, shares_of
@@ -62,7 +62,8 @@ class RanksReport:
         transfer, skew: over all of them, of all ranks together, ns.
         unmatched: what was left out, and why.
         phases: transfer and skew by phase, in the order of first appearance.
-        stragglers: those that others wait for most first; empty if none stands out.
+        stragglers: those that others wait for most first; empty if none stands out, or nothing
+            tells which ranks make a group.
         clocks: by rank, how its trace's times are laid on the first's.
         imbalance: of routing; None if nothing tells it.
         notes: what could not be told, or only in part, and what to do, in sentences.
@@ -122,6 +123,15 @@ def compare_ranks(
     nothing = {rank: Share(rank, 0, 0, 0, 0, 0) for rank in picked}
     shares = nothing | shares_of(matched)
     phases = by_phase(matched)
+    groups = {group for trace in trace_of.values() for group in trace.groups}
+    if not all(trace.groups for trace in trace_of.values()):
+        groups.clear()
+    sure = [one for one in matched if is_of_one_group(one, world_size, groups)]
+    if len(sure) < len(matched):
+        notes.append(
+            "No rank is called a straggler for collectives whose process group nothing tells: the "
+            "ranks may be of several groups, and only those of one wait for each other."
+        )
     more = excess({rank: report.totals.compute for rank, report in report_of.items()})
     return RanksReport(
         ranks=tuple(
@@ -136,7 +146,7 @@ def compare_ranks(
         skew=sum(share.skew for share in shares.values()),
         unmatched=matching.unmatched,
         phases=phases,
-        stragglers=stragglers(matched, shares, phases, report_of),
+        stragglers=stragglers(sure, shares_of(sure), by_phase(sure), report_of),
         clocks=clocks,
         imbalance=imbalance_of(matched, report_of),
         notes=tuple(notes),
@@ -184,9 +194,8 @@ def _missing(traces: Mapping[int, Trace]) -> tuple[int | None, tuple[int, ...], 
     missing = tuple(rank for rank in range(known) if rank not in traces)
     if missing:
         notes.append(
-            f"{len(missing)} of {known} ranks have no trace ({_listed(missing)}): whoever "
-            "arrived last may be among them, so that transfer may be less and waiting more than "
-            "is told."
+            "Whoever arrived last may be among the ranks without a trace, so that transfer may be "
+            "less and waiting more than is told."
         )
     return world_size, missing, notes
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .collect import Collector
 from .files import TraceFile, trace_files
-from .metadata import place, whole
+from .metadata import all_groups, groups, place, whole
 from .scan import Scanned, scan
 from .trace import Trace, TraceError
 
@@ -22,7 +22,8 @@ class Traces:
 
     Attributes:
         traces: by rank; those that do not tell theirs come last, in the order of the files.
-        missing: ranks that are not there or there twice, and files left out, in sentences.
+        missing: ranks that are not there or there twice, and files left out, in sentences. What
+            else is odd about several ranks, `compare_ranks` tells.
     """
 
     traces: tuple[Trace, ...]
@@ -43,7 +44,7 @@ def read(path: str | os.PathLike[str], *, quick: bool = True) -> Trace:
     file = TraceFile(Path(path))
     with _without_collection():
         collector, scanned = _scan(file, quick, operators=False)
-        activities = collector.activities()
+        activities = collector.activities(groups(scanned.top))
         on_gpu = bool(activities)
         if not on_gpu:
             if not collector.operators:  # few traces are read twice, and no GPU's operators held
@@ -68,6 +69,8 @@ def read(path: str | os.PathLike[str], *, quick: bool = True) -> Trace:
         clock_ns=whole(scanned.top.get("baseTimeNanoseconds")) or 0,
         num_events=scanned.num_events,
         missing=tuple(_missing(file, scanned, collector, on_gpu, len(activities))),
+        broken=_broken(file, scanned),
+        groups=all_groups(scanned.top),
     )
 
 
@@ -110,13 +113,7 @@ def _by_rank(traces: list[Trace], missing: list[str]) -> Traces:
                 f"rank {trace.rank} is there twice: {kept.source} is used, {trace.source} is not"
             )
     nameless = [trace for trace in traces if trace.rank is None]
-    if nameless and len(traces) > 1:
-        missing.append(
-            "neither contents nor name tell the rank of " + ", ".join(t.source for t in nameless)
-        )
     sizes = {trace.world_size for trace in traces if trace.world_size}
-    if len(sizes) > 1:
-        missing.append(f"the traces are of runs of different sizes: {sorted(sizes)} ranks")
     if len(traces) > 1 and first:
         world = max(max(sizes, default=0), max(first) + 1)
         absent = [rank for rank in range(world) if rank not in first]
@@ -163,15 +160,21 @@ def _useless(file: TraceFile, scanned: Scanned) -> str:
     )
 
 
+def _broken(file: TraceFile, scanned: Scanned) -> str:
+    """Why the trace breaks off before its end; "" if it is whole."""
+    return (file.damage or f"its text {scanned.broken}") if scanned.broken else ""
+
+
 def _missing(
     file: TraceFile, scanned: Scanned, collector: Collector, on_gpu: bool, num_activities: int
 ) -> Iterator[str]:
     """Sentences on what the trace lacks."""
-    if scanned.broken:
-        why = file.damage or f"its text {scanned.broken}"
+    why = _broken(file, scanned)
+    if why:
         yield (
             f"the trace breaks off after {scanned.num_events} events, at character "
-            f"{scanned.offset}: {why}; what came later is not counted"
+            f"{scanned.offset}: {why}; what comes later in the file is not counted, and as events "
+            "are not in the order of time, it may be of any stream and time"
         )
     if not on_gpu:
         yield "the trace has no kernels: operators of the CPU are analysed instead"
@@ -188,8 +191,11 @@ def _missing(
         )
     if collector.num_early:
         yield (
-            f"{collector.num_early} activities start before they are launched: the clocks of host "
-            "and GPU disagree"
+            f"{collector.num_early} activities start before they are launched, by up to "
+            f"{collector.most_early / 1e6:.3f} ms: the clocks of host and GPU disagree, or "
+            "launches are joined to the wrong activities; times between activities hold all the "
+            "same, but do not rely on windows named by a range, on phases, which follow from "
+            "launches and from ranges drawn on streams, or on host ranges beside those of the GPU"
         )
 
 

@@ -56,6 +56,9 @@ class Phase:
             phase's name; "" stands for what belongs to none.
         inferred: it was told from the order of kernels, because the trace has no annotations.
         sent_bytes: by its activities, where all of them tell; None otherwise.
+        waiting_known: kernels that only wait ran in it. Where none did, as in NCCL's collectives,
+            `waiting` is 0 and says nothing: the kernels that move data wait themselves.
+        algorithm_bytes, bus_bytes: as of `bandwidth.Moved`.
     """
 
     name: str
@@ -69,6 +72,9 @@ class Phase:
     behind: dict[str, int]
     inferred: bool = False
     sent_bytes: int | None = None
+    waiting_known: bool = False
+    algorithm_bytes: int | None = None
+    bus_bytes: int | None = None
 
     @property
     def transfer(self) -> int:
@@ -89,6 +95,7 @@ class Kernels:
         busy: sum of their durations, ns.
         blocks: smallest and largest number of blocks of their grids; None if not told.
         sent_bytes: in all, where told.
+        algorithm_bytes, bus_bytes: as of `bandwidth.Moved`.
     """
 
     name: str
@@ -99,6 +106,8 @@ class Kernels:
     busy: int
     blocks: tuple[int, int] | None
     sent_bytes: int | None
+    algorithm_bytes: int | None = None
+    bus_bytes: int | None = None
 
 
 class SmSplit(NamedTuple):
@@ -128,6 +137,9 @@ class Exposed:
         layer: likewise; None if not told.
         next_phase: of the computation that came first afterwards, which may have waited for it.
         waiting: how much of it only notifications and barriers ran.
+        waited_before: for how long its stream had waited before, since it last stood idle for
+            longer than the stretch: then it could have caught up. 0 for a stretch that is less
+            than a hundredth of all that is exposed.
     """
 
     interval: Interval
@@ -135,6 +147,7 @@ class Exposed:
     layer: int | None
     next_phase: str
     waiting: int
+    waited_before: int = 0
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class Run(NamedTuple):
         instance: tells apart the times that a phase was run; negative if this is none of them, but
             a wait for one.
         launched: when the host launched it, ns; None if it is not told, or nothing was launched.
+        within: number of the marked range around its phase's mark; -1 for none.
     """
 
     start: int
@@ -40,6 +41,7 @@ class Run(NamedTuple):
     layer: int | None = None
     instance: int = 0
     launched: int | None = None
+    within: int = -1
 
 
 class Action(NamedTuple):
@@ -95,6 +97,7 @@ class PhaseRun:
         start, end: of the first and the last that ran of it.
         computing, transfer, waiting: lengths of unions, ns; the third where neither of the others.
         exposed: of its communication, where nothing of any phase computed.
+        within: number of the marked range around it that is no phase; -1 for none.
     """
 
     kind: str
@@ -106,6 +109,7 @@ class PhaseRun:
     transfer: int
     waiting: int
     exposed: int
+    within: int = -1
 
 
 def simulated_row(actions: Sequence[SimulatedAction], ns_per_unit: float) -> Row:
@@ -210,6 +214,7 @@ def _phase_run(kind: str, runs: Sequence[Run], computing: Sequence[Interval]) ->
         length(moved),
         length(subtract(waited, union([*own, *moved]))),
         length(exposed),
+        runs[0].within,
     )
 
 

@@ -20,7 +20,8 @@ class Share:
         last: how many it was the last to arrive at: it had the shortest duration, and somebody a
             longer one.
         held_up: sum over those of all other ranks' skew: time of ranks that it cost. Ranks that
-            arrive last together are each charged the whole.
+            arrive last together share it, the first of them what is left over of whole ns: over
+            all ranks the sum is that of their skew.
     """
 
     rank: int
@@ -60,6 +61,8 @@ def shares_of(matched: Iterable[Matched]) -> dict[int, Share]:
         durations = {rank: part.duration for rank, part in one.parts.items()}
         shortest = min(durations.values())
         waited = sum(durations.values()) - shortest * len(durations)
+        num_last = list(durations.values()).count(shortest)
+        left_over = waited % num_last
         for rank, duration in durations.items():
             mine = sums.setdefault(rank, [0] * 5)
             mine[0] += 1
@@ -67,7 +70,8 @@ def shares_of(matched: Iterable[Matched]) -> dict[int, Share]:
             mine[2] += duration - shortest
             if duration == shortest and waited:
                 mine[3] += 1
-                mine[4] += waited
+                mine[4] += waited // num_last + left_over
+                left_over = 0
     return {rank: Share(rank, *sums[rank]) for rank in sorted(sums)}
 
 

@@ -101,6 +101,9 @@ class Trace:
         clock_ns: what times count from, in ns since 1970; 0 if they are that already or not told.
         num_events: events read, of any kind.
         missing: what the trace lacks or where it breaks off, in sentences for the reader.
+        broken: why the trace breaks off before its end, as the end of a sentence; "" if it is
+            whole. Events are not in the order of time: what is lost may be of any time.
+        groups: ranks of each process group that the rank belongs to; () if not all are told.
     """
 
     source: str
@@ -114,6 +117,8 @@ class Trace:
     clock_ns: int = 0
     num_events: int = 0
     missing: tuple[str, ...] = field(default=())
+    broken: str = ""
+    groups: tuple[tuple[int, ...], ...] = ()
 
 
 class TraceError(ValueError):

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from .phases import Run, is_exchange
 from .trace import Activity, Interval, Trace
 
+# Of the busiest lane's time: DeepEP's and NCCL's streams have more, those of small copies less.
+_GOOD_SHARE = 0.05
+
 
 def window_of(trace: Trace, window: Interval | str | None, runs: Sequence[Run]) -> Interval:
     """The window as start and end, ns; see `analyse`. The runs are those of the trace's phases.
@@ -19,10 +22,27 @@ def window_of(trace: Trace, window: Interval | str | None, runs: Sequence[Run]) 
     if window is None:
         # On a CPU a marked move communicates before its first operator and after its last one.
         moves = () if trace.on_gpu else [run for run in runs if is_exchange(run.name)]
-        return _around([*trace.activities, *moves])
+        start, end = _around([*trace.activities, *moves])
+        return start, min(end, first_end(trace)[0]) if trace.broken else end
     if window[0] >= window[1]:
         raise ValueError(f"window {window[0]} to {window[1]} ns: the end must be after the start")
     return window
+
+
+def first_end(trace: Trace) -> tuple[int, str]:
+    """When the first of the busy lanes ends, ns, and which it is.
+
+    A trace that breaks off has lost different ends of different lanes: up to here none of those
+    that matter lacks anything. A lane matters if it was busy for a good share of what the busiest
+    was.
+    """
+    busy: dict[str, int] = {}
+    ends: dict[str, int] = {}
+    for one in trace.activities:
+        busy[one.lane] = busy.get(one.lane, 0) + one.end - one.start
+        ends[one.lane] = max(ends.get(one.lane, one.end), one.end)
+    least = max(busy.values()) * _GOOD_SHARE
+    return min((ends[lane], lane) for lane in busy if busy[lane] >= least and busy[lane])
 
 
 def activities_within(

@@ -97,7 +97,7 @@ class Interleaving:
     gradients of a phase whose gradient for inputs is named are computed with that if they are not.
 
     Attributes:
-        pair: of a forward and a backward that overlap.
+        pair: of a forward and a backward that overlap; empty, they run one after the other.
         forward: of a forward alone.
         backward: of a backward alone.
 

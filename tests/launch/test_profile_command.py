@@ -96,7 +96,12 @@ def written(path: Path, *, rank: int = 0, world: int = 1, steps: int = 2, late: 
     """A trace's file, gzipped if its name says so."""
     trace = {
         "deviceProperties": [{"id": 0, "name": "NVIDIA H800", "numSms": 132}],
-        "distributedInfo": {"backend": "nccl", "rank": rank, "world_size": world},
+        "distributedInfo": {
+            "backend": "nccl",
+            "rank": rank,
+            "world_size": world,
+            "pg_config": [{"pg_name": "0", "pg_size": world, "ranks": []}],
+        },
         "traceEvents": list(events(steps, late)),
     }
     text = json.dumps(trace).encode()
@@ -205,6 +210,56 @@ def test_several_ranks_are_shown_as_means_and_each_by_itself(
     assert alone["across"] is None
     assert alone["ranks"] == [each[2]]
     assert {key: alone[key] for key in NUMBERS} == {key: each[2][key] for key in NUMBERS}
+    parts = ("compute_ms", "exposed_comm_ms", "copies_alone_ms", "idle_ms")
+    for numbers in (found, *each):
+        assert sum(numbers[key] for key in parts) == pytest.approx(numbers["span_ms"])
+    assert found["copies_alone_ms"] > 0
+
+
+def test_what_a_folder_lacks_is_told_for_one_of_its_ranks_too(
+    capsys: pytest.CaptureFixture[str], folder: str
+) -> None:
+    (Path(folder) / "rank1.json.gz").write_bytes(b"{")
+    (told,) = [line for line in printed(capsys, folder, "--rank", "2")["missing"] if "left" in line]
+    assert "rank1.json.gz" in told
+
+
+def test_a_window_beyond_the_trace_is_cut_to_it_and_said(
+    capsys: pytest.CaptureFixture[str], trace: str
+) -> None:
+    whole = printed(capsys, trace)
+    found = printed(capsys, trace, "--window=-50:129")
+    assert {key: found[key] for key in NUMBERS} == {key: whole[key] for key in NUMBERS}
+    assert any("--window -50:129 reaches beyond" in line for line in found["missing"])
+    inside = printed(capsys, trace, "--window=0.05:0.1")
+    assert not any("reaches beyond" in line for line in inside["missing"])
+
+
+def test_no_condition_is_judged_by_a_trace_that_breaks_off(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = written(tmp_path / "rank0.json")
+    path.write_bytes(path.read_bytes()[:-400])
+    status = main(["profile", str(path), "--json", "--fail-if", "exposed_comm_percent>100"])
+    captured = capsys.readouterr()
+    assert status == 2
+    assert "breaks off" in captured.err
+    assert "nothing is judged" in captured.err
+    assert any("THE TRACE BREAKS OFF" in line for line in json.loads(captured.out)["missing"])
+
+
+def test_one_of_several_gpus_is_chosen(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = written(tmp_path / "rank0.json")
+    of = json.loads(path.read_text())
+    kernel = {"ph": "X", "cat": "kernel", "name": "nvjet_x", "pid": 1, "tid": 7}
+    of["traceEvents"].append({**kernel, "ts": 0, "dur": 900, "args": {"device": 1, "stream": 7}})
+    path.write_text(json.dumps(of))
+    alone = printed(capsys, str(written(tmp_path / "other.json")))
+    found = printed(capsys, str(path))
+    assert {key: found[key] for key in NUMBERS} == {key: alone[key] for key in NUMBERS}
+    assert "left out are GPU 1 (1 activities)" in found["missing"][0]
+    assert printed(capsys, str(path), "--device", "1")["span_ms"] == 0.9
+    assert "nothing ran on GPU 2" in error_of(capsys, str(path), "--device", "2")
 
 
 def test_text_says_what_is_exposed_where_and_in_which_window(
@@ -224,6 +279,83 @@ def test_text_says_what_is_exposed_where_and_in_which_window(
     assert "WARNING: what no rule names, 5.4 % of the time of all kernels" in joined
     assert "layer 3" not in text
     assert "combine(F) layer 3" in shown(capsys, trace, "--layers")
+
+
+def test_what_no_rule_names_is_said_once_and_waiting_only_where_it_can_be_told(
+    capsys: pytest.CaptureFixture[str], trace: str
+) -> None:
+    """dispatch(F) has a notification; combine(F) has no kernel that only waits."""
+    text = shown(capsys, trace, "--window", "ProfilerStep#1")
+    joined = " ".join(text.split())
+    assert joined.count("no rule") == 1
+    assert "How much of the communication of combine(F) is waiting for other ranks" in joined
+    title = "exposed communication"
+    rows = text[text.index(title) :].splitlines()
+    assert {row.split()[0]: row.split()[-1] for row in rows[2:4]}["combine(F)"] == "-"
+    found = printed(capsys, trace)
+    known = {phase["name"]: phase["waiting_known"] for phase in found["phases"]}
+    assert (known["dispatch(F)"], known["combine(F)"]) == (True, False)
+    assert found["waiting_known"] is found["ranks"][0]["waiting_known"] is True
+
+
+def test_collectives_without_phases_are_shown_with_their_bandwidths_and_without_waiting(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two all-gathers of 8 MB in 8 ranks, each in 40 us, the half of one behind a product."""
+    monkeypatch.setenv("COLUMNS", "120")
+    told = {
+        "Collective name": "_allgather_base",
+        "In msg nelems": 500_000,
+        "Out msg nelems": 4_000_000,
+        "dtype": "BFloat16",
+        "Process Group Name": "1",
+        "Group size": 8,
+    }
+    gather = "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
+    kernels = [(gather, 0, 40, 20, told), (gather, 60, 100, 20, told), (_GEMM, 20, 60, 7, {})]
+    ran = [
+        {"ph": "X", "cat": "kernel", "name": name, "ts": start, "dur": end - start, "pid": 0}
+        | {"tid": stream, "args": {"stream": stream, "device": 0, **more}}
+        for name, start, end, stream, more in kernels
+    ]
+    path = tmp_path / "gathers.json"
+    path.write_text(json.dumps({"traceEvents": ran}), encoding="utf-8")
+    text = shown(capsys, str(path))
+    head, row = text[text.index("phases, ms") :].splitlines()[1:3]
+    assert head.split()[-2:] == ["algbw", "busbw"]
+    values = dict(
+        zip(head.split()[1:5], row.removeprefix("all_gather [group 1]").split(), strict=False)
+    )
+    assert values == {"runs": "2", "comm": "0.080", "waiting": "-", "transfer": "0.080"}
+    assert row.split()[-2:] == ["200", "175"]
+    waiting = [
+        line.split()
+        for line in text.splitlines()
+        if re.search("of it waiting|waiting in all", line)
+    ]
+    assert len(waiting) == 2
+    assert all(words[-3:] == ["-", "-", "-"] for words in waiting)
+    found = printed(capsys, str(path))
+    assert found["waiting_known"] is False
+    assert (found["phases"][0]["algorithm_gbps"], found["phases"][0]["bus_gbps"]) == (200, 175)
+    assert [k["bus_gbps"] for k in found["kernels"]] == [175, None]
+
+
+def test_a_late_stretch_names_the_waiting_before_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A notification waits for 90 us behind a product, and then 30 of 100 us are exposed."""
+    kernels = [(_NOTIFY, 0, 90, 20), (_DISPATCH, 90, 190, 20), (_GEMM, 0, 160, 7)]
+    ran = [
+        {"ph": "X", "cat": "kernel", "name": name, "ts": start, "dur": end - start, "pid": 0}
+        | {"tid": stream, "args": {"stream": stream, "device": 0}}
+        for name, start, end, stream in kernels
+    ]
+    path = tmp_path / "late.json"
+    path.write_text(json.dumps({"traceEvents": ran}), encoding="utf-8")
+    said = " ".join(shown(capsys, str(path)).split())
+    assert "at 0.160 ms is probably late: before it its stream waited 0.090 ms for other" in said
+    assert printed(capsys, str(path))["exposed"][0]["waited_before_ms"] == 0.09
 
 
 def test_top_limits_what_is_listed_and_says_so(

@@ -335,13 +335,13 @@ def test_orders_of_phases_are_lists_in_files_and_with_commas_behind_flags(tmp_pa
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("overlap.pair", "mlp(B), mlp(B)", "overlap.pair: pair has mlp(B) twice"),
-        ("overlap.pair", "mlp", "overlap.pair: pair has 'mlp'; a phase is written like mlp(F)"),
-        ("overlap.forward", "mlp(B)", "overlap.forward: mlp(B) is no phase of forward"),
-        ("overlap.backward", "mlp(W)", "overlap.backward: backward has mlp(W) without mlp(B)"),
-        ("profile.steps", "last", "profile.steps: 'last' is no number or range of numbers"),
+        ("overlap.pair", "mlp(B), mlp(B)", "pair has mlp(B) twice"),
+        ("overlap.pair", "mlp", "pair has 'mlp'; a phase is written like mlp(F)"),
+        ("overlap.forward", "mlp(B)", "mlp(B) is no phase of forward"),
+        ("overlap.backward", "mlp(W)", "backward has mlp(W) without mlp(B)"),
+        ("profile.steps", "last", "'last' is no number or range of numbers"),
         ("profile.steps", "0-2", "profile.steps must be steps from 1 up, got 0-2"),
-        ("profile.ranks", "some", "profile.ranks: 'some' is no number"),
+        ("profile.ranks", "some", "'some' is no number"),
         ("dispatch.num_sms", "0", "dispatch.num_sms must be 1 or more, or none, got 0"),
     ],
 )

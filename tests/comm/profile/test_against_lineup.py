@@ -175,6 +175,47 @@ def test_pairs_of_other_depth_are_compared_by_the_layer_and_the_remedy_told() ->
     assert found.missing[1].startswith("pairs of 1 layers were measured and none of as many")
 
 
+@pytest.mark.parametrize("around", ["1F1B", "ProfilerStep#3", ""])
+def test_layers_named_in_any_order_make_the_same_pairs(around: str) -> None:
+    """A backward passes its layers from the last to the first, and they may be other layers."""
+    simulated = simulated_of(ranks=2, microbatches=4)
+    pair = next(did for did in as_simulated(simulated, 0) if did.name.startswith("("))
+
+    def named(ran: Ran, begin: int) -> Ran:
+        phase, _, layer = ran.phase.partition(" layer ")
+        layer = int(layer) if phase.endswith("(F)") else 7 - int(layer)
+        return Ran(f"{phase} layer {layer}", ran.lane, ran.start + begin, ran.end + begin)
+
+    did = [Did(around, [named(ran, begin) for ran in pair.ran]) for begin in (0, 10**8)]
+    if around == "ProfilerStep#3":
+        did = [Did(around, [ran for one in did for ran in one.ran])]
+    found = compared(simulated, [gpu_trace([did])])
+    length = max(ran.end for ran in pair.ran) - min(ran.start for ran in pair.ran)
+    assert found.pair == (length // 2, length // 2)
+    (rank,) = found.ranks
+    assert (rank.measured, rank.simulated) == (length, length)
+    assert all(part.difference == 0 for part in rank.parts)
+
+
+def test_a_stretch_of_one_direction_or_without_layers_is_no_pair() -> None:
+    simulated = simulated_of(ranks=2, microbatches=4)
+    pair = next(did for did in as_simulated(simulated, 0) if did.name.startswith("("))
+    for half in ("(F)", "(B)"):
+        only = [ran for ran in pair.ran if half in ran.phase]
+        found = compared(simulated, [gpu_trace([[Did("1F1B", only)]])])
+        assert (found.pair, found.ranks) == (None, ())
+        assert "no stretch has phases of both a forward and a backward" in found.missing[-1]
+    marked = gpu_trace([[Did("1F1B", pair.ran)]])
+    device = [
+        Annotation(ran.phase.partition(" layer")[0], ran.start, ran.end, None, "stream 9")
+        for ran in pair.ran
+        if ran.lane != "compute"
+    ]
+    found = compared(simulated, [replace(marked, annotations=tuple(device))])
+    assert (found.pair, found.ranks) == (None, ())
+    assert "mark no phases with layers" in found.missing[-1]
+
+
 def test_on_a_cpu_a_marked_action_lasts_from_its_first_work_to_its_end() -> None:
     def mark(name: str, start: int, end: int, thread: Thread = MAIN) -> Annotation:
         return Annotation(name, start, end, thread)

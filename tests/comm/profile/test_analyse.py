@@ -82,6 +82,12 @@ def constructed(draw: st.DrawFn) -> tuple[list[Kernel], list[str]]:
     return kernels, phases
 
 
+def phase_of(kernel: Kernel, phases: list[str]) -> str:
+    """The phase that launched it, or else, of communication, what it does and whose it is."""
+    alone = {TRANSFER: "dispatch [DeepEP]", WAIT: "wait [DeepEP]"}
+    return phases[kernel.run] if kernel.run >= 0 else alone.get(kernel.name, "")
+
+
 def bits(interval: Interval) -> set[int]:
     return set(range(interval[0] - BASE, interval[1] - BASE))
 
@@ -127,7 +133,7 @@ def test_every_number_of_a_constructed_trace_is_exact(
     for kernel in kernels:
         times = set(range(kernel.start, kernel.end)) & window
         everything.add(kernel.name, times)
-        name = phases[kernel.run] if kernel.run >= 0 else ""
+        name = phase_of(kernel, phases)
         by_phase.setdefault(name, Bitmap()).add(kernel.name, times)
         if kernel.run >= 0:
             by_layer.setdefault((name, kernel.run % 2), Bitmap()).add(kernel.name, times)
@@ -157,7 +163,7 @@ def check_stretches(report: Report, kernels: list[Kernel], phases: list[str]) ->
             at
             for kernel in kernels
             if kernel.name in (TRANSFER, WAIT)
-            and (phases[kernel.run] if kernel.run >= 0 else "") == one.phase
+            and phase_of(kernel, phases) == one.phase
             and (kernel.run % 2 if kernel.run >= 0 else None) == one.layer
             for at in range(kernel.start, kernel.end)
         }
@@ -192,6 +198,18 @@ def test_of_nested_communication_the_outer_owns_what_is_exposed() -> None:
         ((BASE, BASE + 10), "dispatch(F)", 0),
         ((BASE + 10, BASE + 12), "combine(B)", 2),
     ]
+
+
+def test_waiting_before_a_stretch_counts_since_its_stream_could_have_caught_up() -> None:
+    """Idle from 12 to 20, longer than the 6 that are exposed, and from 30 to 34, which is not."""
+    kernels = [
+        *(Kernel(WAIT, 0, 12, 1, 0), Kernel(WAIT, 20, 27, 1, 0), Kernel(TRANSFER, 27, 30, 1, 0)),
+        *(Kernel(WAIT, 34, 38, 1, 0), Kernel(TRANSFER, 38, 60, 1, 1), Kernel(COMPUTE, 0, 54, 2, 2)),
+    ]
+    report = analyse(trace_of(kernels, ["dispatch(F)", "combine(B)", "mlp(F)"]))
+    (stretch,) = report.exposed
+    assert (stretch.phase, bits(stretch.interval)) == ("combine(B)", set(range(54, 60)))
+    assert (stretch.waiting, stretch.waited_before) == (0, 7 + 4)
 
 
 @settings(deadline=None)
@@ -325,4 +343,21 @@ def test_a_long_trace_takes_seconds_at_most() -> None:
     report = analyse(Trace("t", tuple(kernels), tuple(marks)))
     assert time.process_time() - begin < 4
     assert report.totals.span == 2_000_050
-    assert len(report.phases) == 4
+    assert [phase.name for phase in report.phases if "[" not in phase.name] == list(PHASES)
+
+
+def test_a_trace_that_breaks_off_is_looked_at_up_to_the_first_busy_streams_end() -> None:
+    """The computation of 100 to 200 comes later in the file; its stream seems to stand idle."""
+    move = Activity(TRANSFER, 0, 200, lane="stream 9")
+    work = [Activity(COMPUTE, at, at + 100, lane="stream 7") for at in (0, 100)]
+    small = Activity(COPY, 10, 11, "memcpy", lane="stream 11")
+    whole = Trace("t", (move, work[0], small, work[1]))
+    assert analyse(whole).totals.exposed == 0
+    cut = Trace("t", (move, work[0], small), broken="its text ends in the middle")
+    report = analyse(cut)
+    assert (report.window, report.totals) == ((0, 100), analyse(whole, window=(0, 100)).totals)
+    assert any("stream 7 ends" in line and "later in the file" in line for line in report.missing)
+    asked = analyse(cut, window=(0, 150))
+    assert (asked.window, asked.totals.exposed) == ((0, 150), 50)
+    assert any("the window reaches beyond" in line for line in asked.missing)
+    assert not any("BREAKS OFF" in line for line in analyse(cut, window=(0, 90)).missing)

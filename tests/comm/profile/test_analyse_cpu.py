@@ -60,7 +60,12 @@ def test_every_number_of_a_cpus_threads_is_exact(
     main: tuple[list[Activity], list[Annotation]], moves: tuple[list[Activity], list[Annotation]]
 ) -> None:
     everything, by_phase = Bitmap(), {"": Bitmap()}
-    for operators, marks in (main, moves):
+    exchanges = {"dispatch(F)", "combine(B)"}
+    marked = [{mark.name for mark in marks} & set(PHASES) for _, marks in (main, moves)]
+    for place, (operators, marks) in enumerate((main, moves)):
+        here, there = marked[place], marked[1 - place]
+        # Of a thread that computes: moved by the other, if that one does nothing else.
+        started = there if here - exchanges and not there - exchanges else set[str]()
         ops = Bitmap()
         kinds = {"gloo:all_to_all": ops.transfer, "gloo:barrier": ops.wait}
         for one in operators:
@@ -74,9 +79,10 @@ def test_every_number_of_a_cpus_threads_is_exact(
             if mark.name in PHASES
         }
         waiting = ops.wait - ops.transfer
-        moving = {at for at, name in phase.items() if name in ("dispatch(F)", "combine(B)")}
+        moving = {at for at, name in phase.items() if name in exchanges - started}
         transfer = ops.transfer | (moving - pauses - waiting)
-        done = Bitmap(ops.compute - transfer - waiting - pauses, transfer, waiting)
+        computing = ops.compute | {at for at, name in phase.items() if name in PHASES}
+        done = Bitmap(computing - transfer - waiting - pauses, transfer, waiting)
         for at in range(100):
             name = phase.get(at, "")
             of_phase = by_phase.setdefault("" if name.startswith("wait ") else name, Bitmap())
@@ -127,3 +133,48 @@ def test_on_a_cpu_time_belongs_to_the_innermost_phase_at_that_time() -> None:
     report = analyse(trace)
     assert [(one.name, one.compute) for one in report.phases] == [("attn(B)", 30), ("attn(W)", 50)]
     assert report.totals.compute == 120
+
+
+def test_on_a_cpu_a_computing_phase_computes_between_its_operators() -> None:
+    trace = Trace(
+        "t",
+        (operator("aten::mm", 0, 40), operator("aten::mm", 60, 100)),
+        (
+            Annotation("attn(F) layer 0", 0, 100, MAIN),
+            Annotation("dispatch(F) layer 1", 10, 90, MOVES),
+            Annotation("wait combine(F) layer 1", 45, 50, MAIN),
+        ),
+        on_gpu=False,
+    )
+    report = analyse(trace)
+    assert (report.totals.compute, report.totals.comm, report.totals.exposed) == (95, 80, 5)
+    assert [stretch.interval for stretch in report.exposed] == [(45, 50)]
+
+
+def test_on_a_cpu_starting_a_move_that_another_thread_carries_computes() -> None:
+    marks = (
+        Annotation("attn(F) layer 1", 0, 40, MAIN),
+        Annotation("dispatch(F) layer 1", 40, 50, MAIN),
+        Annotation("dispatch(F) layer 1", 50, 90, MOVES),
+    )
+    ran = (operator("aten::mm", 0, 40),)
+    report = analyse(Trace("t", ran, marks, on_gpu=False))
+    assert (report.totals.compute, report.totals.comm) == (50, 40)
+    dispatch = next(phase for phase in report.phases if phase.name == "dispatch(F)")
+    assert (dispatch.compute, dispatch.comm) == (10, 40)
+    assert any("Computation of dispatch(F) is the host's" in line for line in report.missing)
+    # Nobody else moves it: the thread itself does, and waits meanwhile.
+    alone = analyse(Trace("t", ran, marks[:2], on_gpu=False))
+    assert (alone.totals.compute, alone.totals.comm, alone.totals.exposed) == (40, 10, 10)
+    assert not any("is the host's" in line for line in alone.missing)
+
+
+def test_on_a_cpu_a_thread_computes_on_while_a_message_that_it_posted_is_under_way() -> None:
+    trace = Trace(
+        "t",
+        (operator("gloo:recv", 0, 90), operator("aten::mm", 10, 60)),
+        (Annotation("mlp(F)", 10, 60, MAIN),),
+        on_gpu=False,
+    )
+    totals = analyse(trace).totals
+    assert (totals.compute, totals.comm, totals.exposed) == (50, 90, 40)

@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 
+from counterflow.comm.profile.against import against
 from counterflow.comm.profile.analyse import analyse
 from counterflow.comm.profile.classify import classify_all
 from counterflow.comm.profile.infer import infer_phases
 from counterflow.comm.profile.phases import marked_phases
 from counterflow.comm.profile.read import read
 from counterflow.comm.profile.report import Report
-from counterflow.comm.profile.trace import Trace
+from counterflow.comm.profile.trace import Annotation, Trace
 from counterflow.parallel.simulate.phases import PUBLISHED_ORDER
+from tests.comm.profile.staged import simulated_of
 
 # Shared data lies beside the clone.
 FILE = Path(__file__).resolve().parents[4] / "shared" / "data" / "h800-train-pair.json.gz"
@@ -136,3 +138,26 @@ def test_phases_inferred_without_marks_are_those_that_are_marked() -> None:
 def test_hardly_any_kernel_is_unknown() -> None:
     unknown = sum(kernel.busy for kernel in report().unknown)
     assert unknown < 0.001 * sum(kernel.busy for kernel in report().kernels)
+
+
+def test_layers_named_as_they_are_make_the_same_pair() -> None:
+    """The backward passes its layers from the last to the first, in the trace as it is unnamed."""
+    counts: Counter[str] = Counter()
+    named: list[Annotation] = []
+    for mark in trace().annotations:
+        if mark.thread is not None and mark.name.endswith(")"):
+            at = counts[mark.name]
+            counts[mark.name] += 1
+            layer = at if mark.name.endswith("(F)") else 3 - at
+            mark = mark._replace(name=f"{mark.name} layer {layer}")
+        named.append(mark)
+    assert set(counts.values()) == {4}
+    layered = replace(trace(), annotations=tuple(named))
+    simulated = simulated_of(ranks=2, microbatches=4)
+    bare, told = (against(simulated, [one], [analyse(one)]) for one in (trace(), layered))
+    assert bare.pair is not None
+    assert told.pair == bare.pair
+    unmarked = replace(trace(), annotations=())
+    without = against(simulated, [unmarked], [analyse(unmarked)])
+    assert (without.pair, without.ranks) == (None, ())
+    assert "no pair of chunks is compared" in without.missing[-1]

@@ -64,10 +64,14 @@ def test_interleaved_combines_answer_dispatches_in_their_order() -> None:
     assert phases_of(trace) == [*one, "combine(F)", "combine(F)"] * 2
     report = analyse(trace)
     assert all(phase.inferred for phase in report.phases)
-    assert report.layers == ()
+    assert [(one.name, one.layer, one.count) for one in report.layers] == [
+        (name, layer, 1)
+        for layer in (0, 1)
+        for name in ("combine(B)", "dispatch(F)", "dispatch(B)", "combine(F)")
+    ]
     said = " ".join(report.missing)
     assert "inferred" in said
-    assert "Layers cannot be told" in said
+    assert "The trace names no layers: they are numbered" in said
     assert "Phases that compute cannot be told" in said
 
 
@@ -110,6 +114,80 @@ def test_all_to_alls_are_dispatch_and_combine_by_turns_between_products() -> Non
     forward = ["dispatch(F)", "dispatch(F)", "mlp(F)", "combine(F)"]
     backward = ["combine(B)", "combine(B)", "mlp(B)", "dispatch(B)"]
     assert names == [*forward, "attn(F)", *forward, "", *backward, "attn(B)", *backward, ""]
+
+
+def layers_of(trace: Trace) -> list[tuple[str, int | None]]:
+    classes = classify_all(activity.name for activity in trace.activities)
+    phases = infer_phases(trace, classes)
+    return [(phases.runs[run].name, phases.runs[run].layer) for run in phases.of if run >= 0]
+
+
+def test_layers_begin_anew_where_forward_and_backward_take_turns() -> None:
+    """Two micro-batches through two layers; attention lies between the layers."""
+    forward = [NOTIFY, DISPATCH, GEMM, COMBINE, GEMM, NOTIFY, DISPATCH, GEMM, COMBINE]
+    backward = [CACHED, DISPATCH, GEMM, COMBINE, GEMM, CACHED, DISPATCH, GEMM, COMBINE]
+
+    def halves(first: str, mlp: str, second: str, attention: str, its: int) -> list[object]:
+        one = [[(first, n), (first, n), (mlp, n), (second, n)] for n in (0, 1)]
+        return [*one[0], (attention, its), *one[1]]
+
+    found = layers_of(trace_of(*forward, *backward, *forward, *backward))
+    assert found == 2 * [
+        *halves("dispatch(F)", "mlp(F)", "combine(F)", "attn(F)", 1),
+        *halves("combine(B)", "mlp(B)", "dispatch(B)", "attn(B)", 0),
+    ]
+
+
+def test_layers_are_left_open_where_forwards_and_backwards_do_not_match() -> None:
+    forward = [NOTIFY, DISPATCH, GEMM, COMBINE]
+    backward = [CACHED, DISPATCH, GEMM, COMBINE]
+    for kernels in (forward * 2 + backward, forward * 3 + backward * 2 + forward + backward * 2):
+        trace = trace_of(*kernels)
+        assert {layer for _, layer in layers_of(trace)} == {None}
+        assert any("Layers cannot be told" in line for line in analyse(trace).missing)
+
+
+def test_a_recomputed_forward_is_told_from_the_backward_after_it() -> None:
+    forward = [ALL_TO_ALL, GEMM, ALL_TO_ALL, GEMM]
+    kernels = [(name, MAIN) for name in forward * 3]
+    kernels += [(name, AUTOGRAD) for name in forward * 6]
+    names = [name for name in phases_of(trace_of(*kernels)) if "attn" not in name and name]
+    ahead = ["dispatch(F)", "mlp(F)", "combine(F)"]
+    assert names == [*ahead * 3, *[*ahead, "combine(B)", "mlp(B)", "dispatch(B)"] * 3]
+
+
+def test_an_uneven_number_of_moves_in_backwards_thread_is_left_undirected_and_told() -> None:
+    forward = [ALL_TO_ALL, GEMM, ALL_TO_ALL, GEMM]
+    kernels = [(name, MAIN) for name in forward * 2]
+    kernels += [(name, AUTOGRAD) for name in forward * 3]
+    trace = trace_of(*kernels)
+    names = phases_of(trace)[len(forward) * 2 :]
+    assert {name for name in names if name} == {"dispatch", "combine"}
+    assert any("not twice as many" in line for line in analyse(trace).missing)
+
+
+def test_communication_without_a_phase_is_told_by_collective_and_group() -> None:
+    gather = "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
+    trace = trace_of(gather, GEMM, gather, NOTIFY, DISPATCH, gather)
+    told = Exchange("_allgather_base", 100, 800, "1", 8)
+    gathers = {0: told, 2: told, 5: told._replace(group="", collective="")}
+    report = analyse(
+        replace(
+            trace,
+            activities=tuple(
+                one._replace(exchange=gathers.get(place))
+                for place, one in enumerate(trace.activities)
+            ),
+        )
+    )
+    phases = {one.name: one for one in report.phases}
+    assert list(phases) == ["all_gather [group 1]", "dispatch(F)", "all_gather [NCCL]"]
+    one = phases["all_gather [group 1]"]
+    assert (one.count, one.comm, one.exposed, one.inferred) == (2, 18, 18, False)
+    assert (one.algorithm_bytes, one.bus_bytes, one.waiting_known) == (1600, 1400, False)
+    assert phases["dispatch(F)"].waiting_known
+    assert sum(p.exposed for p in report.phases) == report.totals.exposed
+    assert analyse(trace_of(GEMM, gather)).phases[0].name == "all_gather [NCCL]"
 
 
 def test_a_trace_without_any_exchange_has_no_phases_and_says_so() -> None:

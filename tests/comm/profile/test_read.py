@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from counterflow.comm.profile.metadata import all_groups, groups
 from counterflow.comm.profile.read import read
 from counterflow.comm.profile.trace import Activity, Annotation, Exchange, Trace
 
@@ -147,7 +148,7 @@ NCCL = {
     "Process Group Ranks": "[0, 1]",
     "Seq": 41,
 }
-DESCRIBED = Exchange("all_to_allv", 24, 20, "3", 2, 41, (4, 8), (5, 5))
+DESCRIBED = Exchange("all_to_allv", 24, 20, "3", 2, 41, (4, 8), (5, 5), (0, 1))
 
 
 def test_a_collective_is_described_by_its_kernel(reading: Any) -> None:
@@ -216,6 +217,7 @@ def test_on_a_cpu_transfers_of_the_backends_own_threads_are_activities_too(readi
     trace = reading(
         event("cpu_op", "aten::mul", 5, 2),
         event("user_annotation", "gloo:all_reduce", 4, 9) | {"tid": 12},
+        event("user_annotation", "gloo:recv", 1, 30),  # posted here, while other work goes on
         deviceProperties=[],
     )
     assert [one.name for one in trace.activities] == ["gloo:all_reduce", "aten::mul"]
@@ -258,7 +260,42 @@ def test_clocks_that_disagree_are_told(reading: Any) -> None:
     launch = event("cuda_runtime", "cudaLaunchKernel", 10, 1, correlation=5)
     assert reading(launch, event("kernel", "k", 9, 1, correlation=5)).missing == ()
     (told,) = reading(launch, event("kernel", "k", 8, 1, correlation=5)).missing
-    assert "clocks of host and GPU disagree" in told
+    assert "by up to 0.002 ms: the clocks of host and GPU disagree" in told
+    assert "do not rely on windows named by a range, on phases" in told
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_process_groups_are_known_by_name_where_all_their_ranks_are_listed(as_text: bool) -> None:
+    listed = [
+        {"pg_name": "0", "pg_size": 4, "ranks": []},  # c10d's way to say all
+        {"pg_name": "1", "pg_size": 2, "ranks": [1, 3]},
+        {"pg_name": "2", "pg_size": 3, "ranks": "[0, 1, ...]"},
+        {"pg_name": "3", "pg_size": 3, "ranks": []},
+    ]
+
+    def top(groups: list[dict[str, Any]]) -> dict[str, Any]:
+        told = json.dumps(groups) if as_text else groups
+        return {"distributedInfo": {"rank": 1, "world_size": 4, "pg_config": told}}
+
+    assert groups(top(listed)) == {"0": (0, 1, 2, 3), "1": (1, 3)}
+    assert all_groups(top(listed)) == ()
+    assert all_groups(top(listed[:2])) == ((0, 1, 2, 3), (1, 3))
+    assert groups({"distributedInfo": {"pg_config": "none"}}) == {}
+
+
+def test_a_collective_has_the_ranks_that_its_trace_lists_for_its_group(tmp_path: Path) -> None:
+    args = {
+        "Collective name": "allreduce",
+        "Process Group Name": "1",
+        "Process Group Ranks": "[1, ...]",
+    }
+    path = tmp_path / "t.json"
+    config = [{"pg_name": "1", "pg_size": 2, "ranks": [1, 3]}]
+    told = {"distributedInfo": {"rank": 1, "world_size": 4, "pg_config": config}}
+    path.write_text(json.dumps({"traceEvents": [event("kernel", "nccl", 1, 1, **args)], **told}))
+    trace = read(path)
+    assert [one.exchange.group_ranks for one in trace.activities if one.exchange] == [(1, 3)]
+    assert trace.groups == ((1, 3),)
 
 
 def test_garbage_collection_is_as_it_was_before(tmp_path: Path, reading: Any) -> None:

@@ -194,7 +194,7 @@ def outcome(text: str, size: int, quick: bool, operators: bool) -> tuple[Any, ..
     """Everything that is told of a trace that comes in blocks of so many characters."""
     collector = Collector(operators)
     scanned = scan(in_blocks(text, size), collector.take, collector.wanted, quick)
-    activities = collector.cpu_operators() if operators else collector.activities()
+    activities = collector.cpu_operators() if operators else collector.activities({})
     counts = (collector.num_malformed, collector.num_negative, collector.num_open)
     return activities, collector.annotations(), counts, scanned
 
