@@ -13,6 +13,7 @@ from unittest.mock import patch
 import torch
 
 from counterflow.comm.dispatch import ExpertLayout, sizes
+from counterflow.comm.dispatch.hops import Hops
 from counterflow.parallel.mesh import Mesh
 
 from .cases_dispatch import Batch, Name, Setting, deviations, found_by, same_found
@@ -166,6 +167,7 @@ def in_pieces(
     for chunks in (1, 2, 4):
         d = replace(setting, chunks=chunks).make(mesh)
         handle = d.start_preprocess(experts_TK).finish()
-        pieces.append(len(d.first_pieces(handle)) if d._hops else 0)
+        assert isinstance(d, Hops)
+        pieces.append(len(d.first_pieces(handle)))
         found.append(found_by(d, given)[0])
     return pieces, all(same_found(found[0], other) for other in found[1:])
