@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .outputs import Output, write_whole
+from .profile_folders import find_traces
 from .profile_options import Options, read_options
 from .profile_summary import Summary, summarise
 from .simulate_progress import Progress
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from ..comm.profile.trace import Trace
 
 _NS = 1_000_000  # in a millisecond
-# A folder of traces that `counterflow train --profile` wrote.
-_STEPS = re.compile(r"steps?(\d+)(-\d+)?")
 
 
 @dataclass(frozen=True)
@@ -129,8 +127,10 @@ def _traces(options: Options) -> Traces:
     from ..comm.profile.devices import of_device
     from ..comm.profile.read import Traces, read_all
 
-    found = read_all([_traces_of(path) for path in options.traces])
-    found = _of_ranks(options, found)
+    picked = [find_traces(path) for path in options.traces]
+    found = read_all([path for path, _ in picked])
+    notes = (note for _, note in picked if note)
+    found = _of_ranks(options, Traces(found.traces, (*found.missing, *notes)))
     return Traces(tuple(of_device(trace, options.device) for trace in found.traces), found.missing)
 
 
@@ -148,29 +148,6 @@ def _of_ranks(options: Options, found: Traces) -> Traces:
                 + (f"rank {there}" if there else "ranks that neither file nor name tells")
             )
     return Traces(tuple(t for t in found.traces if t.rank in options.ranks), found.missing)
-
-
-def _traces_of(path: Path) -> Path:
-    """Of a run's folder the one where its traces are, of the steps that were recorded together.
-
-    Raises:
-        ValueError: there are several, which would make several traces of each rank.
-    """
-    inside = path / "traces"
-    folder = inside if inside.is_dir() else path
-    if not folder.is_dir():
-        return path
-    steps = [each for each in folder.iterdir() if each.is_dir() and _STEPS.fullmatch(each.name)]
-    if len(steps) > 1:
-        names = ", ".join(str(each) for each in sorted(steps, key=_first_step))
-        raise ValueError(f"{path} has traces of several stretches of steps; name one of {names}")
-    return steps[0] if steps else folder
-
-
-def _first_step(folder: Path) -> int:
-    found = _STEPS.fullmatch(folder.name)
-    assert found is not None
-    return int(found[1])
 
 
 def _analysed(options: Options, found: Traces, tell: Callable[[str], None]) -> Answer:

@@ -20,6 +20,7 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
 _SYNTAX = re.compile(r"(?P<key>[^<>=]+)(?P<how>>=|<=|>|<)(?P<limit>[^<>=]+)")
 _EXAMPLES = "such as exposed_comm_percent>5 or 'phases.dispatch(F).overlapped_percent<80'"
 _PHASES = "phases."
+_OF_WAITING = ("waiting_ms", "exposed_waiting_ms")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Condition:
         """What to say where the condition holds in the command's JSON; None where it does not.
 
         Raises:
-            ValueError: there is no such phase, or no such number.
+            ValueError: there is no such phase or number, or it is of waiting that cannot be told.
         """
         place = report
         if self.phase is not None:
@@ -59,6 +60,12 @@ class Condition:
         if value is None:
             raise ValueError(
                 f"--fail-if {self.text}: cannot be told, as what it is a percentage of is 0"
+            )
+        if self.key in _OF_WAITING and place["comm_ms"] and not place["waiting_known"]:
+            raise ValueError(
+                f"--fail-if {self.text}: cannot be judged, as no kernel that only waits ran, and "
+                "those that move data, such as NCCL's, wait within: how much is waiting is not "
+                "told. Have a condition on exposed_comm_ms or comm_ms instead"
             )
         if not _COMPARE[self.how](value, self.limit):
             return None

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from ..comm.profile.kernel_table import IN_NO_RULE
+from ..comm.profile.notes import merged
 from ..comm.profile.report import Kernels, Phase, SmSplit
 from .profile_json import gbps
 from .profile_summary import Stretch, Summary, percent
@@ -47,7 +48,9 @@ _Row = TypeVar("_Row")
 def print_answer(answer: Answer) -> None:
     """Print all of it; ranks and what was simulated come after what one rank shows as well."""
     summary = answer.summary
-    _print_header(answer)
+    from .profile_text_header import print_header
+
+    print_header(answer)
     _print_totals(answer)
     if summary.phases:
         shown = _print_phases(f"phases, ms; {answer.where}", summary, summary.phases)
@@ -69,7 +72,7 @@ def print_answer(answer: Answer) -> None:
         print_comparison(answer, answer.comparison)
     if summary.unknown:
         _print_unknown(answer)
-    for line in (*answer.missing, *summary.missing, *_about_waiting(summary)):
+    for line in merged((*answer.missing, *summary.missing, *_about_waiting(summary))):
         if IN_NO_RULE not in line:  # there is a table of it
             fill(f"note: {line}")
 
@@ -113,22 +116,6 @@ def share(part: float, whole: float) -> str:
     if found is None:
         return "-"
     return f"{found:.1f} %" if found == 0 or found >= _SMALL else f"{found:.1g} %"
-
-
-def _print_header(answer: Answer) -> None:
-    traces = answer.traces
-    first, last = traces[0], traces[-1]
-    known = [str(trace.rank) for trace in traces if trace.rank is not None]
-    parts = [first.source if len(traces) == 1 else f"{first.source} to {last.source}"]
-    if known:
-        of = "" if first.world_size is None else f" of {first.world_size}"
-        parts.append(f"rank{'s' * (len(known) > 1)} {', '.join(known)}{of}")
-    if first.device_name:
-        sms = "" if first.num_sms is None else f" with {first.num_sms} SMs"
-        parts.append(f"{first.device_name}{sms}")
-    if not any(trace.on_gpu for trace in traces):
-        parts.append("operators of a CPU run, as there are no kernels")
-    fill("; ".join(parts))
 
 
 def _print_totals(answer: Answer) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ..comm.profile.findings import not_simulated, parts_told
+from ..comm.profile.notes import merged
 from .profile_text import fill, fitting, ms
 from .tables import print_table
 
@@ -14,7 +16,8 @@ if TYPE_CHECKING:
 
 _NS = 1_000_000  # in a millisecond
 # Columns of the phases that go, one after the other, where there is too little room.
-_FIRST_TO_GO = ("runs", "in", "waiting", "exposed, simulated", "exposed")
+# Phase and action together say what a row is of, so these two stay.
+_FIRST_TO_GO = ("runs", "exposed, simulated", "exposed", "waiting", "ratio")
 
 
 def _ratio(ratio: float | None) -> str:
@@ -53,18 +56,35 @@ _PART_CELLS: dict[str, Callable[[Part], str]] = {
 
 
 def print_comparison(answer: Answer, found: Comparison) -> None:
-    """Print actions by kind, phases, and what the difference consists of."""
+    """Print what does not compare, actions by kind, phases, and what the difference consists of."""
     beside = f"measured beside {found.schedule} of {found.source}"
+    if found.missing:
+        print()
+    for line in merged(found.missing):
+        fill(f"note: {line}")
     if found.kinds:
         head, body = fitting(_KIND_CELLS, found.kinds, ("in a step", "ratio"))
         print()
         print_table(f"actions, {beside}, ms, medians; {answer.window}", head, body, names=1)
     if found.phases:
-        head, body = fitting(_CELLS, found.phases, _FIRST_TO_GO)
+        cells = dict(_CELLS)
+        if alone := all(phase.simulated is None for phase in found.phases):
+            for name in ("simulated", "ratio", "exposed, simulated"):
+                del cells[name]
+        if not any(phase.waiting for phase in found.phases):
+            del cells["waiting"]
+        if not found.actions:
+            del cells["in"]
+        head, body = fitting(cells, found.phases, _FIRST_TO_GO)
         print()
-        print_table(f"phases, {beside}, ms, medians of a run; {answer.window}", head, body, names=1)
+        names = 2 if "in" in head else 1
+        how = "measured alone" if alone else beside
+        title = f"phases, {how}, ms, medians of a run; {answer.window}"
+        print_table(title, head, body, names=names)
+        if missing := not_simulated(found):
+            fill(f"not simulated: {', '.join(missing)}")
     if found.longest is not None:
-        _print_parts(answer, found.longest)
+        _print_parts(answer, found, found.longest)
     unit = f"a {found.unit}" if found.unit else "one unit"
     if found.fitted:
         fill(
@@ -73,21 +93,24 @@ def print_comparison(answer: Answer, found: Comparison) -> None:
         )
     for finding in found.findings:
         fill(f"- {finding}")
-    for line in found.missing:
-        fill(f"note: {line}")
 
 
-def _print_parts(answer: Answer, rank: RankDifference) -> None:
-    top = rank.parts[: answer.options.top]
-    head, body = fitting(_PART_CELLS, top, ("measured", "simulated"))
+def _print_parts(answer: Answer, found: Comparison, rank: RankDifference) -> None:
+    parts, missing = parts_told(found, rank), not_simulated(found)
+    cells = dict(_PART_CELLS)
+    cells["simulated"] = lambda part: "-" if part.phase in missing else ms(part.simulated)
+    if not any(part.part for part in parts):
+        del cells["part"], cells["phase"]
+    top = parts[: answer.options.top]
+    head, body = fitting(cells, top, ("measured", "simulated"))
     print()
     print_table(
         f"what the difference consists of, rank {rank.rank}, step {rank.step}: measured "
         f"{ms(rank.measured)} ms, simulated {ms(rank.simulated)}",
         head,
         body,
-        names=3,
+        names=3 if "part" in head else 1,
     )
-    if len(rank.parts) > len(top):
-        rest = sum(part.difference for part in rank.parts[len(top) :])
-        fill(f"{len(rank.parts) - len(top)} further parts: {rest / _NS:+.3f} ms together")
+    if len(parts) > len(top):
+        rest = sum(part.difference for part in parts[len(top) :])
+        fill(f"{len(parts) - len(top)} further parts: {rest / _NS:+.3f} ms together")

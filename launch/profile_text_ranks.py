@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..comm.profile.notes import merged
 from ..comm.profile.ranks import Share
 from ..comm.profile.report import Totals
 from .profile_text import fill, fitting, ms, share
@@ -72,7 +73,7 @@ def print_ranks(answer: Answer, found: RanksReport) -> None:
         fill(late.sentence)
     if found.imbalance is not None:
         fill(_about_imbalance(found.imbalance))
-    for note in found.notes:
+    for note in merged(found.notes):
         fill(f"note: {note}")
 
 

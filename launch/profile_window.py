@@ -12,8 +12,8 @@ _SHOWN = 20  # names in a message
 
 
 def begin_of(trace: Trace) -> int:
-    """When the trace begins, ns: its first activity, from which the command counts."""
-    return trace.activities[0].start if trace.activities else 0
+    """When the trace begins, ns, from which the command counts."""
+    return trace.begin
 
 
 def window_of(trace: Trace, asked: str | tuple[float, float] | None) -> Interval | str | None:

@@ -10,6 +10,7 @@ other there, so that no step's time has a share in it.
 from __future__ import annotations
 
 import gzip
+import json
 import logging
 import os
 import shlex
@@ -24,13 +25,13 @@ from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
 from ..comm.marks import mark
+from ..parallel.mesh import Mesh
 from .outputs import write_whole
+from .profile_folders import FOLDER as FOLDER
 from .ranges import Range
 from .recording_config import ProfileConfig
 
 _log = logging.getLogger(__name__)
-
-FOLDER = "traces"  # within a run's
 
 
 class Recorder:
@@ -38,7 +39,7 @@ class Recorder:
 
     Args:
         config: which steps of which ranks.
-        rank: this one.
+        mesh: this rank's place among all.
         device: where it computes.
         folder: of the run's traces; made when a trace is written.
         wait_for_all: returns when all ranks of the run have called it; told what is waited for.
@@ -50,15 +51,16 @@ class Recorder:
     def __init__(
         self,
         config: ProfileConfig,
-        rank: int,
+        mesh: Mesh,
         device: torch.device,
         folder: Path,
         wait_for_all: Callable[[str], None],
     ) -> None:
         self.folders: list[Path] = []
         self._stretches = config.stretches
-        self._records = config.records(rank)
-        self._rank, self._device, self._folder = rank, device, folder
+        self._records = config.records(mesh.rank)
+        self._rank, self._device, self._folder = mesh.rank, device, folder
+        self._place = _place(mesh)
         self._wait_for_all = wait_for_all
         self._profiler: Any = None
 
@@ -75,6 +77,7 @@ class Recorder:
                 torch.ones(1, device=self._device).sum().item()
             self._profiler = _profiler(self._device)
             self._profiler.start()
+            self._profiler.add_metadata_json("counterflow", self._place)
         self._wait_for_all("the ranks' profilers")
 
     @contextmanager
@@ -137,6 +140,19 @@ def remove_traces(folder: Path) -> None:
     for each in (*folder.glob("step*"), folder):
         if each.is_dir() and not any(each.iterdir()):
             each.rmdir()
+
+
+def _place(mesh: Mesh) -> str:
+    """Where a rank stands, as JSON, so that a reader knows which ranks it moves tokens among."""
+    shape, rank = mesh.shape, mesh.rank
+    place = {
+        "pp_rank": mesh.pp_rank,
+        "dp_rank": mesh.dp_rank,
+        "ep_rank": mesh.ep_rank,
+        "expert_ranks": shape.ep_peers(rank),
+        "pipeline_ranks": shape.pp_peers(rank),
+    }
+    return json.dumps(place)
 
 
 def _profiler(device: torch.device) -> profile:

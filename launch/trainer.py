@@ -130,9 +130,7 @@ class _Run:
             overlap=config.overlap.interleaving,
             timeout_s=config.run.timeout_s,
         )
-        self.recorder = Recorder(
-            config.profile, mesh.rank, device, folder / FOLDER, self._wait_for_all
-        )
+        self.recorder = Recorder(config.profile, mesh, device, folder / FOLDER, self._wait_for_all)
         self.loader = self._loader(self.corpus.train)
         self.step = 0  # under way or last run; the first is 1
         self.seconds = 0.0  # in training steps, evaluation not counted

@@ -196,7 +196,7 @@ def _cut_short(trace: Trace, window: Interval | str | None, bounds: Interval) ->
         return
     last = max(activity.end for activity in trace.activities)
     end, lane = first_end(trace)
-    begin = trace.activities[0].start
+    begin = trace.begin
     lost = f"from {(end - begin) / 1e6:.3f} ms on, where {lane} ends,"
     if window is None:
         yield (

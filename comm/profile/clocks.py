@@ -3,7 +3,9 @@
 A collective in which every rank needs something of every other ends on all of them at about the
 same time, so the median difference of ends tells how far two clocks are apart. It also bounds it:
 on no rank can it end before it has started on another. These bounds are hard; where no offset
-satisfies all of them, a clock jumped or drifted while the trace was taken.
+satisfies all of them, a clock jumped or drifted while the trace was taken. Collectives that were
+matched by their order, of ranks that may be of several groups, are no such evidence: where they
+contradict each other it is they that are doubted.
 """
 
 from __future__ import annotations
@@ -58,25 +60,30 @@ class _Link(NamedTuple):
 
 
 def align(
-    traces: Mapping[int, Trace], matched: Sequence[Matched]
+    traces: Mapping[int, Trace], matched: Sequence[Matched], doubtful: Sequence[Matched] = ()
 ) -> tuple[tuple[Clock, ...], tuple[str, ...]]:
     """Each rank's clock, and what is odd about them, in sentences.
 
-    A rank without a collective in common with the first is laid on it through other ranks.
+    A rank without a collective in common with the first is laid on it through other ranks, and
+    where that takes doubtful collectives that contradict each other, by the times of day.
 
     Args:
         traces: by rank, the first being the one whose times stay.
-        matched: collectives across these ranks.
+        matched: collectives across these ranks, each surely of one group.
+        doubtful: collectives whose ranks may be of several groups.
     """
     base = next(iter(traces))
     links = _links(base, matched)
+    for rank, link in _links(base, doubtful, links).items():
+        if not link.jumps or time_of_day_offset(traces[base], traces[rank]) is None:
+            links.setdefault(rank, link._replace(bounds=None, jumps=()))
     clocks = tuple(
         _clock(rank, links.get(rank), time_of_day_offset(traces[base], trace))
         for rank, trace in traces.items()
     )
     by_order = any(not one.by_sequence for one in matched)
     notes = [
-        *_jump_notes(clocks, by_order),
+        *_jump_notes(clocks, traces, by_order),
         *_disagreements(clocks),
         *_apart(clocks, traces),
         *(note for rank, trace in traces.items() for note in _impossible(rank, trace)),
@@ -113,15 +120,23 @@ def _clock(rank: int, link: _Link | None, by_day: int | None) -> Clock:
     return Clock(rank, *link[:4], off_by, link.jumps)
 
 
-def _links(base: int, matched: Sequence[Matched]) -> dict[int, _Link]:
-    """How each rank that can be reached stands to the base, through as few ranks as possible."""
+def _links(
+    base: int, matched: Sequence[Matched], known: Mapping[int, _Link] | None = None
+) -> dict[int, _Link]:
+    """How each rank that can be reached stands to the base, through as few ranks as possible.
+
+    Args:
+        base: the rank whose times stay.
+        matched: collectives.
+        known: ranks whose link is known from others already.
+    """
     pairs: defaultdict[int, list[Mapping[int, Collective]]] = defaultdict(list)
     for one in matched:
         if one.first.binds:
             for rank in one.parts:
                 pairs[rank].append(one.parts)
-    links = {base: _Link(0, 0, len(pairs[base]), (0, 0), ())}
-    reached = [base]
+    links = dict(known or {base: _Link(0, 0, len(pairs[base]), (0, 0), ())})
+    reached = list(links)
     for near in reached:
         common: defaultdict[int, list[tuple[Interval, Interval]]] = defaultdict(list)
         for parts in pairs[near]:
@@ -171,7 +186,7 @@ def _through(near: _Link, far: _Link) -> _Link:
     )
 
 
-def _jump_notes(clocks: Sequence[Clock], by_order: bool) -> list[str]:
+def _jump_notes(clocks: Sequence[Clock], traces: Mapping[int, Trace], by_order: bool) -> list[str]:
     jumped = [clock for clock in clocks if clock.jumps]
     if not jumped:
         return []
@@ -180,11 +195,12 @@ def _jump_notes(clocks: Sequence[Clock], by_order: bool) -> list[str]:
     else:
         whose = " and ".join(f"Rank {clock.rank}'s clock" for clock in jumped)
     first = jumped[0]
+    moment = (first.jumps[0] - traces[first.rank].begin) / 1e6
     doubt = "; or collectives matched by order do not belong together" if by_order else ""
     return [
         f"{whose} jumped or drifted against rank {clocks[0].rank}'s: no single offset lets all "
         f"collectives end after they began elsewhere, for rank {first.rank} first at "
-        f"{first.jumps[0]} ns of its trace{doubt}. Its place on a common axis is rough; transfer, "
+        f"{moment:.3f} ms of its trace{doubt}. Its place on a common axis is rough; transfer, "
         "skew and all totals need no common clock and hold, but for a collective across the jump."
     ]
 
@@ -219,7 +235,10 @@ def _apart(clocks: Sequence[Clock], traces: Mapping[int, Trace]) -> list[str]:
             continue
         known = time_of_day_offset(traces[base], traces[clock.rank]) is not None
         how = "by the times of day that both traces tell" if known else "as they are"
-        note = f"Rank {clock.rank} shares no collective with rank {base}: its times are taken {how}"
+        note = (
+            f"No collective tells for certain how rank {clock.rank}'s clock stands to rank "
+            f"{base}'s: its times are taken {how}"
+        )
         other = _window(traces[clock.rank])
         if first and other:
             start, end = other[0] + clock.offset, other[1] + clock.offset

@@ -60,7 +60,8 @@ _IDLE_CALLS = frozenset(
     )
 )
 # What torch's backends for CPUs mark of the transfers that their own threads carry out; sends and
-# receives they mark on the thread that posts them, until they have ended, whatever it does then.
+# receives they mark on the thread that posts them, until they have ended, whatever it does then: a
+# receive posted early is no communication yet. A move's own mark, or that of a wait, shows them.
 _TRANSFERS = re.compile(r"(?:gloo|mpi|ucc):(?!send|recv|receive)")
 _ON_HOST, _ON_DEVICE = "user_annotation", "gpu_user_annotation"
 _OPERATORS = frozenset(("cpu_op", "Operator"))

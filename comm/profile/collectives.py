@@ -11,10 +11,11 @@ from .infer import phases_of
 from .kernel_table import COMMUNICATION
 from .matching import Collective
 from .phases import PHASE_PATTERN, Phases, Run, is_exchange, started_moves
-from .trace import Activity, Trace
+from .trace import Activity, Exchange, Trace
 
 # Between two ranks: the one's n-th is not the other's n-th.
 _PAIRWISE = ("send", "recv", "receive", "send_recv", "sendrecv", "peer_copy", "fetch", "coalesced")
+_TOKEN_MOVES = ("dispatch", "combine")
 # Of these the root may be done before the others have come.
 _ROOTED = ("broadcast", "reduce", "gather", "scatter")
 # Kernels that only send, or only tidy up after an exchange, and wait for nobody.
@@ -34,7 +35,7 @@ def collectives_of(
     trace = of_device(trace)
     classes = classify_all((one.name for one in trace.activities), rules)
     phases = phases_of(trace, classes, phase_pattern)
-    found = _moves(phases) if not trace.on_gpu else []
+    found = _moves(phases, trace.expert_ranks) if not trace.on_gpu else []
     marked = bool(found)
     for activity, index in zip(trace.activities, phases.of, strict=True):
         known = classes[activity.name]
@@ -60,11 +61,18 @@ def _collective(activity: Activity, known: Class, run: Run | None) -> Collective
     )
 
 
-def _moves(phases: Phases) -> list[Collective]:
-    """Those that a CPU run's threads mark as phases."""
+def _moves(phases: Phases, expert_ranks: tuple[int, ...]) -> list[Collective]:
+    """Those that a CPU run's threads mark as phases; tokens move among an expert group's ranks."""
     started = started_moves(phases)
+    among = Exchange(group_ranks=expert_ranks) if expert_ranks else None
     return [
-        Collective((run.start, run.end), ("move", ""), run.name, run.layer)
+        Collective(
+            (run.start, run.end),
+            ("move", ""),
+            run.name,
+            run.layer,
+            among if run.name.startswith(_TOKEN_MOVES) else None,
+        )
         for index, run in enumerate(phases.runs)
         if is_exchange(run.name) and not run.name.startswith(_PAIRWISE) and index not in started
     ]
@@ -75,7 +83,7 @@ def _is_pairwise(activity: Activity, known: Class, run: Run | None) -> bool:
     told = activity.exchange.collective if activity.exchange else ""
     if told:
         return told.lower() in _PAIRWISE
-    exchanges = run is not None and run.name.startswith(("dispatch", "combine"))
+    exchanges = run is not None and run.name.startswith(_TOKEN_MOVES)
     return known.role in _PAIRWISE and not (known.role == "send_recv" and exchanges)
 
 

@@ -88,15 +88,20 @@ def trace_files(path: str | os.PathLike[str]) -> list[Path]:
     path = Path(path)
     if not path.is_dir():
         return [path]
-    found = [each for each in path.iterdir() if each.name.endswith(_SUFFIXES)]
+    found = [each for each in path.iterdir() if is_trace_file(each)]
     if not found:
-        found = [each for each in path.glob("*/*") if each.name.endswith(_SUFFIXES)]
+        found = [each for each in path.glob("*/*") if is_trace_file(each)]
     if not found:
         raise TraceError(
             f"the folder {path} holds no file that ends in .json or .json.gz. Name the folder into "
             "which torch.profiler exported its traces, one a rank."
         )
     return sorted(found, key=_by_number)
+
+
+def is_trace_file(path: Path) -> bool:
+    """Whether a file's name is that of a trace; hidden files are those that are being written."""
+    return path.name.endswith(_SUFFIXES) and not path.name.startswith(".")
 
 
 def _by_number(path: Path) -> list[tuple[int, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 
 from .comparison import (
@@ -27,6 +28,13 @@ _PLACES = {
     BETWEEN: "between its actions",
     AFTER: "after its last action",
 }
+_KINDS = {
+    "F": "forwards (F)",
+    "B": "backwards (B)",
+    "I": "backwards for inputs (I)",
+    "W": "weight gradients (W)",
+    "pair": "pairs",
+}
 
 
 def findings_of(comparison: Comparison) -> tuple[str, ...]:
@@ -42,6 +50,37 @@ def findings_of(comparison: Comparison) -> tuple[str, ...]:
     return tuple(found)
 
 
+def parts_told(comparison: Comparison, rank: RankDifference) -> tuple[Part, ...]:
+    """What a rank's difference consists of, as finely as the simulation tells it.
+
+    Without simulated phases all of a simulated action counts as computing without one, so that
+    single parts differ by what nobody predicted. Then there is one part a kind of action, its
+    `part` and `phase` empty. The differences add up to the row's either way.
+    """
+    if _simulated_phases(comparison) or not comparison.actions:
+        return rank.parts
+    lengths: defaultdict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
+    for part in rank.parts:
+        measured, simulated = lengths[part.kind]
+        lengths[part.kind] = measured + part.measured, simulated + part.simulated
+    whole = [Part(kind, "", "", *both) for kind, both in lengths.items()]
+    return tuple(sorted(whole, key=lambda part: -abs(part.difference)))
+
+
+def not_simulated(comparison: Comparison) -> tuple[str, ...]:
+    """Phases that ran and that the simulation, which has others, does not have at all."""
+    known = _simulated_phases(comparison)
+    ran = dict.fromkeys(phase.name for phase in comparison.phases)
+    ran |= dict.fromkeys(part.phase for rank in comparison.ranks for part in rank.parts)
+    return tuple(name for name in ran if name and name not in known) if known else ()
+
+
+def _simulated_phases(comparison: Comparison) -> set[str]:
+    known = {phase.name for phase in comparison.phases if phase.simulated is not None}
+    parts = (part for rank in comparison.ranks for part in rank.parts)
+    return known | {part.phase for part in parts if part.phase and part.simulated}
+
+
 def _of_row(comparison: Comparison, longest: RankDifference) -> Iterator[str]:
     """How much longer the longest row was than simulated, and of what that consists."""
     if not comparison.actions:
@@ -51,7 +90,8 @@ def _of_row(comparison: Comparison, longest: RankDifference) -> Iterator[str]:
     else:
         what = f"The longest row, that of rank {longest.rank},"
     phases = {(phase.kind, phase.name): phase for phase in comparison.phases}
-    parts = [part for part in longest.parts if part.difference]
+    parts = [part for part in parts_told(comparison, longest) if part.difference]
+    missing = not_simulated(comparison)
     yield (
         f"{what} took {_ms(longest.measured)} where {_ms(longest.simulated)} were simulated: "
         f"{_more(longest.difference)}{_percent(longest.difference, longest.simulated)}."
@@ -61,24 +101,31 @@ def _of_row(comparison: Comparison, longest: RankDifference) -> Iterator[str]:
     told = [part for part in parts[:_MOST] if abs(part.difference) >= least]
     for part in told:
         kind = part.kind if comparison.actions else ""
-        yield _of_part(part, phases.get((kind, part.phase)))
+        yield _of_part(part, phases.get((kind, part.phase)), part.phase in missing)
     rest = parts[len(told) :]
     if rest:
         difference = sum(part.difference for part in rest)
         yield f"{_more(difference)}: all other parts together, each of them smaller."
 
 
-def _of_part(part: Part, phase: PhaseTime | None) -> str:
-    """One part of a row, and if it is a phase's, what one run of the phase says of it."""
-    said = f"{_more(part.difference)}: {_what(part)}"
-    said += f" ({_ms(part.measured)}, simulated {_ms(part.simulated)})"
-    if phase is not None and phase.ratio is not None and part.part in (COMPUTING, TRANSFER):
-        said += f"; one run took {phase.ratio:.2f}x its simulated time"
+def _of_part(part: Part, phase: PhaseTime | None, unknown: bool) -> str:
+    """One part of a row, and what one run of its phase says of it, if that explains it.
+
+    A run can be faster than simulated and its part longer all the same, where less of it hides
+    behind another: then the run's ratio is no reason.
+    """
+    said = f"{_more(part.difference)}: {_what(part)} ({_ms(part.measured)}, "
+    said += "not simulated)" if unknown else f"simulated {_ms(part.simulated)})"
+    ratio = None if phase is None or part.part not in (COMPUTING, TRANSFER) else phase.ratio
+    if ratio is not None and (ratio - 1) * part.difference > 0:
+        said += f"; one run took {ratio:.2f}x its simulated time"
     return said + "."
 
 
 def _what(part: Part) -> str:
     where = _PLACES.get(part.kind) or ("in pairs" if part.kind == "pair" else f"in {part.kind}")
+    if not part.part:
+        return f"{_KINDS[part.kind]} in all" if part.kind in _KINDS else where
     return {
         COMPUTING: f"{part.phase or 'what has no phase'} computing {where}",
         TRANSFER: f"{part.phase or 'messages'} {where}, with no computation behind",

@@ -187,7 +187,7 @@ _TENSOR_OPERATORS = (
 
 # The functions that this project adds to autograd. Those of dispatch and combine prepare a move and
 # then wait for it; the move itself runs, and is marked, on the thread that communicates.
-_OWN = r"^_(Linear|GroupedLinear|RMSNorm|SwigluMLP|Dispatch|Combine)$"
+_OWN = r"^_(Linear|GroupedLinear|RMSNorm|SwigluMLP|Dispatch|Combine|Enter)$"
 
 _COMPUTING_OPERATORS = (
     r"^Optimizer\.|^torch::|^torchao::|^inductor::|^Torch-Compiled Region|^TorchDynamo",

@@ -61,7 +61,7 @@ def match_rows(
     Raises:
         ValueError: the ranks do not fit, or no action is in both.
     """
-    missing: list[str] = []
+    missing = _other_size(simulated, found, num_traces)
     if len(found) < num_traces:
         missing.append(
             f"{num_traces - len(found)} of {num_traces} traces mark no actions such as 0F3 and are "
@@ -85,6 +85,30 @@ def match_rows(
         ranks = ", ".join(map(str, unseen))
         missing.append(f"pipeline rank {ranks}: simulated, but no trace of it is compared")
     return matched, missing
+
+
+def _other_size(simulated: Simulated, found: Sequence[Found], num_traces: int) -> list[str]:
+    """That another number of pipeline ranks ran than was simulated, if the traces tell.
+
+    Ranks that run an action of the same name are copies of one pipeline rank, as each micro-batch
+    passes a stage on one rank only.
+    """
+    ranks: list[set[str]] = []
+    for _, _, _, rows in found:
+        names = {action.name for row in rows for action in row.actions}
+        alike = [of for of in ranks if of & names]
+        ranks = [of for of in ranks if not of & names] + [names.union(*alike)]
+    world_sizes = {trace.world_size for _, trace, _, _ in found}
+    whole = len(found) == num_traces and world_sizes == {num_traces}
+    if len(ranks) <= simulated.num_ranks and (not whole or len(ranks) == simulated.num_ranks):
+        return []
+    least = "" if whole else "at least "
+    plural = "" if len(ranks) == 1 else "s"
+    return [
+        f"the run had {least}{len(ranks)} pipeline rank{plural}, simulated were "
+        f"{simulated.num_ranks}, "
+        "so that rows are compared that do not belong together; simulate the schedule that ran"
+    ]
 
 
 def _place(

@@ -3,8 +3,9 @@
 NCCL's metadata numbers a group's collectives, which settles what belongs together. Without it, the
 n-th collective of a kind within a phase and layer is the n-th on every rank that has this phase and
 layer, if all of them have equally many; of pipeline stages or replicas whose annotations tell no
-difference this makes one group of several. Whatever is not certain to that degree is left out,
-counted and told.
+difference this makes one group of several, unless the ranks of the group are told
+(`is_of_one_group` says where that is certain). What cannot be matched even so is left out, counted
+and told.
 """
 
 from __future__ import annotations

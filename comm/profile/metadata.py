@@ -77,6 +77,16 @@ def all_groups(top: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
     return tuple(found.values()) if len(found) == len(_listed_groups(top)) else ()
 
 
+def expert_ranks(top: Mapping[str, Any]) -> tuple[int, ...]:
+    """Ranks of the expert group, which counterflow's recordings tell; () if they are not told."""
+    return _numbers(_mapping(top.get("counterflow")).get("expert_ranks"))
+
+
+def names_gpus(top: Mapping[str, Any]) -> bool:
+    """Whether the profiler saw a GPU when it recorded the trace."""
+    return bool(top.get("deviceProperties"))
+
+
 def _listed_groups(top: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """c10d's entries, which may be written as text."""
     listed = _mapping(top.get("distributedInfo")).get("pg_config")

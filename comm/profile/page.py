@@ -15,6 +15,7 @@ from importlib.resources import files
 
 from .classify import RULES, Rule
 from .comparison import Comparison
+from .notes import listed, merged
 from .page_across import comparison_section, ranks_section, sentences
 from .page_data import MOST_RANKS, Timeline, timeline
 from .page_ran import ran_on
@@ -75,6 +76,7 @@ def to_html(
         [
             f"<h1>{escape(title)}</h1>",
             f"<p>{escape(_summary(names, reports))}</p>",
+            sentences(_lacking(names, traces, ranks), "loud"),
             sentences(_by_rank(names, [report.missing for report in reports]), "plain"),
             "<section><h2>Where the time went</h2>",
             f"{_key()}{totals_table(names, reports)}</section>",
@@ -162,15 +164,23 @@ def _summary(names: Sequence[str], reports: Sequence[Report]) -> str:
     return " ".join(lines)
 
 
+def _lacking(names: Sequence[str], traces: Sequence[Trace], ranks: RanksReport | None) -> list[str]:
+    """That traces break off or are not there; the sentences below say what that means."""
+    broken = [name for name, trace in zip(names, traces, strict=True) if trace.broken]
+    found = [f"Incomplete: the trace of {listed(broken)} breaks off."] if broken else []
+    absent = [f"rank {rank}" for rank in ranks.missing_ranks] if ranks else []
+    return [*found, f"Incomplete: there is no trace of {listed(absent)}."] if absent else found
+
+
 def _by_rank(names: Sequence[str], lines: Sequence[Iterable[str]]) -> list[str]:
     """Sentences of each rank; those that all have alike come once."""
     first: dict[str, list[str]] = {}
     for name, of_rank in zip(names, lines, strict=True):
         for line in of_rank:
             first.setdefault(line, []).append(name)
-    return [
+    return merged(
         line if len(of) == len(names) else f"{', '.join(of)}: {line}" for line, of in first.items()
-    ]
+    )
 
 
 _KEY = (

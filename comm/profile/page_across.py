@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from html import escape
 
 from .comparison import Comparison
+from .findings import not_simulated, parts_told
+from .notes import merged
 from .page_tables import Cell, number, share, table, text, time
 from .ranks import RanksReport
 
@@ -57,7 +59,7 @@ def ranks_section(ranks: RanksReport) -> str:
             table("Times in ms", (*head, *more), rows, ()),
             _phases_across(ranks),
             _imbalance(ranks),
-            sentences(ranks.notes, "note"),
+            sentences(merged(ranks.notes), "note"),
             "</section>",
         ]
     )
@@ -126,13 +128,13 @@ def comparison_section(comparison: Comparison) -> str:
     return "\n".join(
         [
             '<section id="against"><h2>Beside the simulation</h2>',
+            sentences(merged(comparison.missing), "note"),
             sentences(comparison.findings, "loud"),
             sentences(lines),
             _parts(comparison),
             _phase_times(comparison),
             _kind_times(comparison),
             _action_times(comparison),
-            sentences(comparison.missing, "note"),
             "</section>",
         ]
     )
@@ -143,6 +145,7 @@ def _ratio(value: float | None) -> Cell:
 
 
 def _parts(comparison: Comparison) -> str:
+    missing = not_simulated(comparison)
     rows = [
         (
             "",
@@ -152,13 +155,13 @@ def _parts(comparison: Comparison) -> str:
                 text(part.phase),
                 number(rank.rank),
                 time(part.measured),
-                time(part.simulated),
+                time(None if part.phase in missing else part.simulated),
                 time(part.difference),
                 share(part.difference, abs(rank.difference)),
             ],
         )
         for rank in comparison.ranks
-        for part in rank.parts
+        for part in parts_told(comparison, rank)
     ]
     head = ("action", "part", "phase", "rank", "measured", "simulated", "difference")
     caption = "What the difference of a rank's row consists of, in ms"

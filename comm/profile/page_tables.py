@@ -9,11 +9,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
+from .kernel_table import COMMUNICATION, WAIT
 from .report import Exposed, Kernels, Phase, Report, Totals
 from .trace import Interval
 
 MOST_STRETCHES = 40  # of all ranks together, that are listed
 MOST_KERNELS = 40  # of each rank
+_RATES = ["algbw, GB/s", "busbw, GB/s"]  # as of `bandwidth`
 _MOST_BEHIND = 3  # phases that are named as running behind a communication
 
 
@@ -36,6 +38,11 @@ def number(value: float | None, shown: str = "") -> Cell:
 def time(ns: int | None) -> Cell:
     """Nanoseconds, shown as milliseconds."""
     return number(ns, f"{ns / 1e6:,.3f}" if ns else "0")
+
+
+def waiting(ns: int, known: bool) -> Cell:
+    """As `time`; a dash where it is not known how much of communication only waits."""
+    return time(ns) if known else Cell("–", -1)
 
 
 def share(part: float, whole: float) -> Cell:
@@ -137,12 +144,19 @@ def totals_table(names: Sequence[str], reports: Sequence[Report]) -> str:
         t = report.totals
         button = Cell(go(name, rank, report, report.window), rank)
         picture = Cell(bar(t), t.exposed / t.span if t.span else 0)
-        times = (t.span, t.compute, t.comm, t.overlapped, t.idle, t.waiting, t.copy)
+        times = (t.span, t.compute, t.comm, t.overlapped, t.idle)
+        waited = waiting(t.waiting, _waiting_known(report))
         exposed = [time(t.exposed), share(t.exposed, t.span)]
-        rows.append(("", [button, picture, *exposed, *map(time, times)]))
+        rows.append(("", [button, picture, *exposed, *map(time, times), waited, time(t.copy)]))
     head = ("", "where its time went", "exposed", "share of span", "span", "compute")
     more = ("communication", "overlapped", "idle", "waiting", "copies")
     return table("Unions of intervals, in ms", (*head, *more), rows, words=(0, 1))
+
+
+def _waiting_known(report: Report) -> bool:
+    """Whether any kernel that only waits ran, or nothing that could wait."""
+    waits = any(k.group == COMMUNICATION and k.role == WAIT for k in report.kernels)
+    return waits or not report.totals.comm
 
 
 # ---- phases, stretches, kernels ----
@@ -152,40 +166,51 @@ def phases_table(names: Sequence[str], reports: Sequence[Report], *, by_layer: b
     """Phases of all ranks, over all layers or one by one."""
     head = ["phase", "layer"] if by_layer else ["phase"]
     several = len(names) > 1
-    sized = any(
-        p.sent_bytes is not None for r in reports for p in (r.layers, r.phases)[not by_layer]
-    )
+    shown = [p for r in reports for p in (r.layers if by_layer else r.phases)]
+    sized = any(phase.sent_bytes is not None for phase in shown)
+    rated = any(phase.algorithm_bytes is not None for phase in shown)
     rows: list[tuple[str, list[Cell]]] = []
     for rank, (name, report) in enumerate(zip(names, reports, strict=True)):
         for phase in report.layers if by_layer else report.phases:
             layer = "" if phase.layer is None else phase.layer
             where = {"phase": phase.name or "none", "layer": layer}
-            shown = (phase.name or "no phase") + (" (inferred)" if phase.inferred else "")
-            cells = [Cell(go(shown, rank, report, phase.window, **where))]
+            label = (phase.name or "no phase") + (" (inferred)" if phase.inferred else "")
+            cells = [Cell(go(label, rank, report, phase.window, **where))]
             cells += [number(phase.layer)] if by_layer else []
             cells += [text(name)] if several else []
-            rows.append((str(rank) if several else "", cells + _phase_cells(phase, sized)))
+            cells += _phase_cells(phase, sized, rated)
+            rows.append((str(rank) if several else "", cells))
     head += ["rank"] if several else []
     words = range(len(head))
     head += ["runs", "communication", "exposed", "share exposed", "waiting", "compute"]
     head += ["MB sent", "GB/s"] if sized else []
+    head += _RATES if rated else []
     words = (*words, len(head))
     return table("Times in ms", [*head, "ran behind its communication"], rows, words)
 
 
-def _phase_cells(phase: Phase, sized: bool) -> list[Cell]:
+def _phase_cells(phase: Phase, sized: bool, rated: bool) -> list[Cell]:
     cells = [number(phase.count), time(phase.comm), time(phase.exposed)]
-    cells += [share(phase.exposed, phase.comm), time(phase.waiting), time(phase.compute)]
+    waited = waiting(phase.waiting, phase.waiting_known or not phase.comm)
+    cells += [share(phase.exposed, phase.comm), waited, time(phase.compute)]
     if sized:
         sent = phase.sent_bytes
         cells.append(number(sent, "" if sent is None else f"{sent / 1e6:,.1f}"))
-        rate = None if sent is None or phase.transfer <= 0 else sent / phase.transfer
-        cells.append(number(rate, "" if rate is None else f"{rate:,.1f}"))
+        cells.append(_rate(sent, phase.transfer))
+    if rated:
+        cells.append(_rate(phase.algorithm_bytes, phase.transfer))
+        cells.append(_rate(phase.bus_bytes, phase.transfer))
     most = sorted(phase.behind.items(), key=lambda item: -item[1])
     listed = [f"{name or 'no phase'} {ns / 1e6:,.3f}" for name, ns in most[:_MOST_BEHIND]]
     rest = sum(ns for _, ns in most[_MOST_BEHIND:])
     listed += [f"others {rest / 1e6:,.3f}"] if rest else []
     return [*cells, Cell(escape(", ".join(listed)), sum(phase.behind.values()))]
+
+
+def _rate(num_bytes: int | None, ns: int) -> Cell:
+    """GB/s."""
+    rate = None if num_bytes is None or ns <= 0 else num_bytes / ns
+    return number(rate, "" if rate is None else f"{rate:,.1f}")
 
 
 def stretches_table(names: Sequence[str], reports: Sequence[Report]) -> str:
@@ -200,13 +225,20 @@ def stretches_table(names: Sequence[str], reports: Sequence[Report]) -> str:
         cells = [Cell(go(_label(stretch), rank, report, stretch.interval, exposed=1))]
         cells += [text(names[rank])] if several else []
         cells += [text(stretch.next_phase or "nothing named"), time(end - start)]
-        cells += [time(stretch.waiting), share(end - start, report.totals.exposed)]
+        known = _waits_known(report, stretch.phase)
+        waited = waiting(stretch.waiting, known)
+        cells += [waited, share(end - start, report.totals.exposed)]
         rows.append((str(rank) if several else "", [*cells, time(start - report.window[0])]))
     head = ["phase", *(["rank"] if several else []), "computed next"]
     words = range(len(head))
     caption = f"The {len(rows):,} longest of {len(found):,}; times in ms"
     head += ["exposed", "of it waiting", "share of all", "begins at"]
     return table(caption, head, rows, words)
+
+
+def _waits_known(report: Report, phase: str) -> bool:
+    found = (of.waiting_known for of in report.phases if of.name == phase)
+    return next(found, _waiting_known(report))
 
 
 def _label(stretch: Exposed) -> str:
@@ -217,6 +249,7 @@ def _label(stretch: Exposed) -> str:
 def kernels_table(names: Sequence[str], reports: Sequence[Report], *, unknown: bool) -> str:
     """Kernels with most time, or those that no rule knows."""
     several = len(names) > 1
+    rated = any(k.algorithm_bytes is not None for r in reports for k in r.kernels)
     rows: list[tuple[str, list[Cell]]] = []
     for rank, (name, report) in enumerate(zip(names, reports, strict=True)):
         kernels = report.unknown if unknown else report.kernels
@@ -226,10 +259,14 @@ def kernels_table(names: Sequence[str], reports: Sequence[Report], *, unknown: b
             cells += [text(name)] if several else []
             cells += [text(" ".join(filter(None, (kernel.library, kernel.role or kernel.group))))]
             cells += [number(kernel.count), time(kernel.busy), share(kernel.busy, whole)]
-            rows.append((str(rank) if several else "", [*cells, _blocks(kernel)]))
+            cells += [_blocks(kernel)]
+            if rated:
+                moved = (kernel.algorithm_bytes, kernel.bus_bytes)
+                cells += [_rate(num_bytes, kernel.busy) for num_bytes in moved]
+            rows.append((str(rank) if several else "", cells))
     head = ["kernel", *(["rank"] if several else []), "kind"]
     words = range(len(head))
-    head += ["count", "sum of durations", "share", "blocks"]
+    head += ["count", "sum of durations", "share", "blocks", *(_RATES if rated else [])]
     return table("Times in ms", head, rows, words)
 
 

@@ -33,7 +33,7 @@ class Run(NamedTuple):
     Attributes:
         name: of the phase, such as "dispatch(F)".
         layer: as marked, or else how many runs of this phase came before it within the range
-            around it; None if neither can be told.
+            around it; None if neither can be told, as without a range around it.
         start, end: of the marked range, ns.
         thread: that marked it; None if the profiler drew it on the device.
         within: number of the innermost range around it, on its thread, that is no phase and no
@@ -118,7 +118,8 @@ def marked_phases(trace: Trace, pattern: str = PHASE_PATTERN) -> Phases:
     )
     finder = _Finder(by_thread, by_lane)
     find = finder.of_kernel if trace.on_gpu else finder.of_operator
-    numbered = runs and not any(layer is not None for _, _, layer in phases)
+    named = any(layer is not None for _, _, layer in phases)
+    numbered = not named and any(run.layer is not None for run in runs)
     missing = (_NUMBERED,) if numbered else ()
     return Phases(runs, tuple(map(find, trace.activities)), by_thread, missing=missing)
 
@@ -215,16 +216,16 @@ def _runs(phases: Sequence[_Marked], others: Sequence[Annotation]) -> tuple[Run,
         for index, other in enumerate(others)
         if other.thread is not None and not is_wait(other.name)
     )
-    counted: dict[tuple[Thread, int, str], int] = {}
+    counted: dict[tuple[int, str], int] = {}
     runs: list[Run] = []
     for annotation, name, layer in phases:
         thread = annotation.thread
         outer = -1
         if thread is not None and thread in around:
             outer = around[thread].at(annotation.start)
-        if not named and thread is not None:
-            layer = counted.get((thread, outer, name), 0)
-            counted[thread, outer, name] = layer + 1
+        if not named and outer >= 0:
+            layer = counted.get((outer, name), 0)
+            counted[outer, name] = layer + 1
         runs.append(Run(name, layer, annotation.start, annotation.end, thread, outer))
     return tuple(runs)
 

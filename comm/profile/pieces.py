@@ -79,11 +79,6 @@ def is_waiting(known: Class) -> bool:
     return known.group == COMMUNICATION and known.role == WAIT
 
 
-# Gloo marks a message from when it is posted until it is done, on the thread that posted it: one
-# that computes goes on meanwhile, so that the message runs beside it, of no phase.
-_MESSAGES = ("send", "receive")
-
-
 class _Doing(NamedTuple):
     """What ran on a thread, as intervals that may overlap."""
 
@@ -103,8 +98,6 @@ def _of_threads(
 ) -> list[Piece]:
     """Operators of each thread, cut where its innermost phase changes."""
     doing: dict[str, _Doing] = {}
-    pieces: list[Piece] = []
-    computing = {run.thread for run in phases.runs if not is_exchange(run.name)}
     lanes: dict[Thread, str] = {}
     for activity in trace.activities:
         if activity.launcher is not None:
@@ -113,9 +106,7 @@ def _of_threads(
         mine = doing.setdefault(activity.lane, _Doing([], [], [], [], []))
         known = classes[activity.name]
         interval = (activity.start, activity.end)
-        if known.role in _MESSAGES and known.library == "gloo" and activity.launcher in computing:
-            pieces.append(Piece(*interval, COMMUNICATION, False, -1, activity.lane))
-        elif known.group == COMMUNICATION:
+        if known.group == COMMUNICATION:
             (mine.waiting if known.role == WAIT else mine.transfer).append(interval)
         else:
             (mine.copy if known.group == COPY else mine.compute).append(interval)
@@ -131,6 +122,7 @@ def _of_threads(
                 doing[lane].pauses.append((annotation.start, annotation.end))
     moves = {index for index, run in enumerate(phases.runs) if is_exchange(run.name)}
     moves -= started_moves(phases)
+    pieces: list[Piece] = []
     for lane, mine in doing.items():
         pieces += _of_thread(lane, mine, by_lane.get(lane, Innermost()), moves, window)
     return sorted(pieces)

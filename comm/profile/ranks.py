@@ -116,17 +116,19 @@ def compare_ranks(
     matching = match(
         {rank: collectives_of(trace, rules, phase_pattern) for rank, trace in trace_of.items()}
     )
-    clocks, clock_notes = align(trace_of, matching.matched)
-    matched = _within(report_of, matching.matched)
     world_size, missing, missing_notes = _missing(trace_of)
+    groups = _groups(trace_of)
+    certain, doubtful = (
+        [one for one in matching.matched if is_of_one_group(one, world_size, groups) == of_one]
+        for of_one in (True, False)
+    )
+    clocks, clock_notes = align(trace_of, certain, doubtful)
+    matched = _within(report_of, matching.matched)
     notes += [*missing_notes, *_matching_notes(matching, trace_of), *clock_notes]
     nothing = {rank: Share(rank, 0, 0, 0, 0, 0) for rank in picked}
     shares = nothing | shares_of(matched)
     phases = by_phase(matched)
-    groups = {group for trace in trace_of.values() for group in trace.groups}
-    if not all(trace.groups for trace in trace_of.values()):
-        groups.clear()
-    sure = [one for one in matched if is_of_one_group(one, world_size, groups)]
+    sure = _within(report_of, certain)
     if len(sure) < len(matched):
         notes.append(
             "No rank is called a straggler for collectives whose process group nothing tells: the "
@@ -180,6 +182,13 @@ def _by_rank(traces: Sequence[Trace]) -> tuple[dict[int, int], list[str]]:
     return dict(sorted(picked.items())), notes
 
 
+def _groups(traces: Mapping[int, Trace]) -> frozenset[tuple[int, ...]]:
+    """All process groups that there are; none if a trace does not tell its own."""
+    if not all(trace.groups for trace in traces.values()):
+        return frozenset()
+    return frozenset(group for trace in traces.values() for group in trace.groups)
+
+
 def _missing(traces: Mapping[int, Trace]) -> tuple[int | None, tuple[int, ...], list[str]]:
     """The run's size, the ranks without a trace, and what that means."""
     sizes = {trace.world_size for trace in traces.values() if trace.world_size is not None}
@@ -222,7 +231,8 @@ def _matching_notes(matching: Matching, traces: Mapping[int, Trace]) -> list[str
     if not all(one.by_sequence for one in matching.matched):
         notes.append(
             "Collectives without process group and sequence number were matched by their order "
-            "within a phase and layer, all ranks that have it taken as one group."
+            "within a phase and layer; where the ranks of a group are not told, all that have it "
+            "are taken as one."
         )
     if len({trace.on_gpu for trace in traces.values()}) > 1:
         notes.append(

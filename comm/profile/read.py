@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .collect import Collector
 from .files import TraceFile, trace_files
-from .metadata import all_groups, groups, place, whole
+from .metadata import all_groups, expert_ranks, groups, names_gpus, place, whole
 from .scan import Scanned, scan
 from .trace import Trace, TraceError
 
@@ -39,7 +39,8 @@ def read(path: str | os.PathLike[str], *, quick: bool = True) -> Trace:
             text is damaged within what is skipped.
 
     Raises:
-        TraceError: the file cannot be read, is no trace, or nothing in it is of use.
+        TraceError: the file cannot be read, is no trace, or nothing in it is of use, or it is of a
+            GPU and breaks off before its first kernel.
     """
     file = TraceFile(Path(path))
     with _without_collection():
@@ -47,6 +48,8 @@ def read(path: str | os.PathLike[str], *, quick: bool = True) -> Trace:
         activities = collector.activities(groups(scanned.top))
         on_gpu = bool(activities)
         if not on_gpu:
+            if scanned.broken and names_gpus(scanned.top):
+                raise TraceError(_cut_off(file, scanned))
             if not collector.operators:  # few traces are read twice, and no GPU's operators held
                 collector, scanned = _scan(file, quick, operators=True)
             activities = collector.cpu_operators()
@@ -71,6 +74,7 @@ def read(path: str | os.PathLike[str], *, quick: bool = True) -> Trace:
         missing=tuple(_missing(file, scanned, collector, on_gpu, len(activities))),
         broken=_broken(file, scanned),
         groups=all_groups(scanned.top),
+        expert_ranks=expert_ranks(scanned.top),
     )
 
 
@@ -157,6 +161,16 @@ def _useless(file: TraceFile, scanned: Scanned) -> str:
     return (
         f"{file.path} {what}. Give a trace that torch.profiler exported in Chrome's format, such "
         "as `counterflow train --profile STEPS` writes."
+    )
+
+
+def _cut_off(file: TraceFile, scanned: Scanned) -> str:
+    """That a trace of a GPU has lost its kernels: its operators are no run of a CPU."""
+    return (
+        f"{file.path} breaks off after {scanned.num_events} events, before its first kernel "
+        f"({_broken(file, scanned)}): it names a GPU, so its kernels were cut off, and the "
+        "operators that are left do not tell what ran. Record it again, and let the profiler "
+        "finish writing."
     )
 
 

@@ -104,6 +104,8 @@ class Trace:
         broken: why the trace breaks off before its end, as the end of a sentence; "" if it is
             whole. Events are not in the order of time: what is lost may be of any time.
         groups: ranks of each process group that the rank belongs to; () if not all are told.
+        expert_ranks: ranks of its expert group, which its moves of tokens are among; () if not
+            told, as only counterflow's own recordings do.
     """
 
     source: str
@@ -119,6 +121,13 @@ class Trace:
     missing: tuple[str, ...] = field(default=())
     broken: str = ""
     groups: tuple[tuple[int, ...], ...] = ()
+    expert_ranks: tuple[int, ...] = ()
+
+    @property
+    def begin(self) -> int:
+        """When its first activity starts, ns; on a CPU a marked range may be first."""
+        ranges = (self.activities, () if self.on_gpu else self.annotations)
+        return min((each[0].start for each in ranges if each), default=0)
 
 
 class TraceError(ValueError):

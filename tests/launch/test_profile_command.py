@@ -248,6 +248,21 @@ def test_no_condition_is_judged_by_a_trace_that_breaks_off(
     assert any("THE TRACE BREAKS OFF" in line for line in json.loads(captured.out)["missing"])
 
 
+def test_a_trace_that_breaks_off_is_said_in_the_header(
+    capsys: pytest.CaptureFixture[str], folder: str
+) -> None:
+    path = Path(folder) / "rank1.json.gz"
+    path.write_bytes(path.read_bytes()[:-40])
+
+    def header(*arguments: str) -> str:
+        text = shown(capsys, folder, *arguments)
+        return text[: text.index("where the time goes")]
+
+    assert "INCOMPLETE: of 4 traces 1 break off (rank 1)" in header()
+    assert "INCOMPLETE: the trace breaks off" in header("--rank", "1")
+    assert "INCOMPLETE" not in header("--rank", "2")
+
+
 def test_one_of_several_gpus_is_chosen(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = written(tmp_path / "rank0.json")
     of = json.loads(path.read_text())
@@ -335,6 +350,8 @@ def test_collectives_without_phases_are_shown_with_their_bandwidths_and_without_
     ]
     assert len(waiting) == 2
     assert all(words[-3:] == ["-", "-", "-"] for words in waiting)
+    assert main(["profile", str(path), "--fail-if", "waiting_ms>5"]) == 2
+    assert "waiting_ms>5: cannot be judged" in capsys.readouterr().err
     found = printed(capsys, str(path))
     assert found["waiting_known"] is False
     assert (found["phases"][0]["algorithm_gbps"], found["phases"][0]["bus_gbps"]) == (200, 175)
@@ -454,7 +471,9 @@ def test_what_is_missing_is_told(capsys: pytest.CaptureFixture[str], folder: str
     told = " ".join(found["missing"])
     assert "rank2.json.gz" in told
     assert "no trace of rank 1-2, of 4 ranks" in told
-    assert "note: left out" in shown(capsys, folder)
+    text = shown(capsys, folder)
+    assert "note: left out" in text
+    assert "INCOMPLETE: there is no trace of ranks 1, 2" in text[: text.index("where the time")]
 
 
 def test_a_users_rules_come_before_the_table(
@@ -567,6 +586,7 @@ def test_a_condition_that_makes_no_sense_is_refused_before_reading(
     [
         ("phases.dispatch(B).comm_ms>1", "unknown 'dispatch(B)'; did you mean dispatch(F)?"),
         ("phases.mlp(F).overlapped_percent<80", "cannot be told"),
+        ("phases.combine(F).waiting_ms>1000", "cannot be judged"),
     ],
 )
 def test_a_condition_that_cannot_be_judged_is_an_error_and_no_success(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from counterflow.comm.profile.trace import Annotation, Trace
 from counterflow.launch.ranges import Range, parse_ranges
 from counterflow.launch.recording import Recorder, remove_traces
 from counterflow.launch.recording_config import ProfileConfig
+from counterflow.parallel.mesh import Mesh, MeshShape
 
 # Two ranks that share the experts, and a schedule with pairs. Shared experts stand behind the
 # routed ones, which is not the default, so that the trace shows whose order was taken.
@@ -110,6 +112,7 @@ def test_each_stretch_of_steps_has_a_whole_trace_of_each_rank_and_no_leftovers(r
     for step in (1, 3):
         for rank, trace in enumerate(traces_of(run, f"step{step}")):
             assert (trace.rank, trace.world_size) == (rank, 2)
+            assert trace.expert_ranks == (0, 1)
             assert len(named(trace, f"ProfilerStep#{step}")) == 1
 
 
@@ -197,6 +200,7 @@ from pathlib import Path
 import torch
 from counterflow.launch import recording
 from counterflow.launch.recording_config import ProfileConfig
+from counterflow.parallel.mesh import Mesh, MeshShape
 
 def half(profiler, path):
     path.write_bytes(b"half of a trace")
@@ -205,7 +209,8 @@ def half(profiler, path):
 recording._export = half
 device = torch.device("cpu")
 config = ProfileConfig("2")
-recorder = recording.Recorder(config, 3, device, Path(sys.argv[1]), lambda what: None)
+mesh = Mesh(MeshShape(dp=4), 3)
+recorder = recording.Recorder(config, mesh, device, Path(sys.argv[1]), lambda what: None)
 recorder.before(2)
 with recorder.step(2):
     torch.ones(3).sum()
@@ -226,7 +231,8 @@ def test_a_run_that_is_killed_while_it_writes_leaves_no_broken_trace(tmp_path: P
 
 def recorder(config: ProfileConfig, folder: Path, rank: int = 0) -> tuple[Recorder, list[str]]:
     waits: list[str] = []
-    return Recorder(config, rank, torch.device("cpu"), folder, waits.append), waits
+    mesh = Mesh(MeshShape(dp=8), rank)
+    return Recorder(config, mesh, torch.device("cpu"), folder, waits.append), waits
 
 
 def test_ranks_that_do_not_record_wait_for_those_that_do(tmp_path: Path) -> None:
@@ -261,6 +267,21 @@ def test_an_error_within_a_recorded_step_ends_the_profiler(tmp_path: Path) -> No
     made.close()
     assert not torch.autograd.profiler._is_profiler_enabled
     assert not (tmp_path / "traces").exists()
+
+
+def test_a_trace_tells_its_ranks_place_among_all(tmp_path: Path) -> None:
+    mesh = Mesh(MeshShape(pp=2, dp=4, ep=2), 7)
+    made = Recorder(ProfileConfig("1"), mesh, torch.device("cpu"), tmp_path, lambda what: None)
+    made.before(1)
+    with made.step(1):
+        torch.ones(3).sum()
+    made.after(1)
+    path = tmp_path / "step1" / "rank7.json.gz"
+    with gzip.open(path) as file:
+        told = json.load(file)["counterflow"]
+    ranks = {"expert_ranks": [6, 7], "pipeline_ranks": [3, 7]}
+    assert told == {"pp_rank": 1, "dp_rank": 3, "ep_rank": 1, **ranks}
+    assert read(path).expert_ranks == (6, 7)
 
 
 def test_steps_of_a_stretch_are_in_one_trace(tmp_path: Path) -> None:

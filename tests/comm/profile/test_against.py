@@ -17,7 +17,10 @@ from counterflow.comm.profile.comparison import (
     WAITING,
     Comparison,
     Part,
+    PhaseTime,
+    RankDifference,
 )
+from counterflow.comm.profile.findings import findings_of, not_simulated, parts_told
 from counterflow.comm.profile.simulated import Simulated, SimulatedAction, SimulatedPhase
 from tests.comm.profile.staged import (
     Did,
@@ -276,3 +279,38 @@ def test_the_sentences_of_a_row_add_up_to_its_difference() -> None:
     assert len(sums) == 9, "eight parts and the rest"
     assert "each of them smaller" in found.findings[-1]
     assert sum(sums) * 1e6 == pytest.approx(found.ranks[0].difference, rel=0.002)  # 4 digits each
+
+
+def test_without_simulated_phases_the_difference_is_told_by_kinds_of_actions() -> None:
+    trace = gpu_trace([[forward(dispatch=12_000), weights(31_000)]])
+    found = compared(simple(phases=False), [trace])
+    assert found.findings[1:] == (
+        "0.006 ms more: forwards (F) in all (0.026 ms, simulated 0.02 ms).",
+    )
+    (rank,) = found.ranks
+    told = parts_told(found, rank)
+    assert sum(part.difference for part in told) == rank.difference
+    assert {(part.part, part.phase) for part in told} == {("", "")}
+    assert not_simulated(found) == ()
+
+
+def test_a_phase_that_no_simulation_has_is_said_to_be_not_simulated() -> None:
+    did = forward()
+    shared = Ran("shared(F)", "compute", did.ran[-1].end, did.ran[-1].end + 4000)
+    trace = gpu_trace([[Did(did.name, [*did.ran, shared]), weights(29_000)]])
+    found = compared(simple(), [trace])
+    assert not_simulated(found) == ("shared(F)",)
+    assert "0.004 ms more: shared(F) computing in F (0.004 ms, not simulated)." in found.findings
+
+
+def test_a_runs_ratio_is_told_only_where_it_explains_the_difference() -> None:
+    part = Part("F", TRANSFER, "dispatch(F)", 9000, 4000)
+    rank = RankDifference(0, 0, "1", 9000, 4000, (part,))
+
+    def told(measured: int) -> str:
+        phase = PhaseTime("dispatch(F)", "F", "communication", 4, measured, 0, 0, 6000, 4000)
+        value = compared(simple(), [gpu_trace([[forward(), weights(25_000)]])])
+        return findings_of(replace(value, ranks=(rank,), phases=(phase,)))[1]
+
+    assert told(12_000).endswith("; one run took 2.00x its simulated time.")
+    assert told(3000).endswith("simulated 0.004 ms).")

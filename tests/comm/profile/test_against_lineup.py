@@ -275,3 +275,19 @@ def test_ranges_on_the_device_serve_where_launches_are_not_told() -> None:
     )
     found = compared(simple(phases=False), [trace])
     assert [(a.name, a.measured) for a in found.actions] == [("0F0", 20_000), ("0W0", 10_000)]
+
+
+def test_another_number_of_pipeline_ranks_than_simulated_is_the_first_thing_said() -> None:
+    ran = simulated_of("1f1b", ranks=2, microbatches=4)
+    pipeline = ran_as_simulated(ran)
+    copies = [replace(pipeline[rank // 2], rank=rank, world_size=4) for rank in range(4)]
+    assert compared(ran, copies).missing == ()  # two pipelines of two ranks, as simulated
+    other = simulated_of("1f1b", ranks=4, microbatches=4)
+    assert (
+        compared(other, copies)
+        .missing[0]
+        .startswith("the run had 2 pipeline ranks, simulated were 4, so that rows are compared")
+    )
+    one = simulated_of("1f1b", ranks=1, microbatches=4)
+    assert "had at least 2 pipeline ranks, simulated were 1" in compared(one, copies[1:]).missing[0]
+    assert "pipeline ranks" not in compared(other, copies[:2]).missing[0], "half cannot tell"

@@ -1,9 +1,13 @@
 """Reports of CPU runs: what operators and marked moves show, thread by thread."""
 
+import json
+from pathlib import Path
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from counterflow.comm.profile.analyse import analyse
+from counterflow.comm.profile.read import read
 from counterflow.comm.profile.trace import Activity, Annotation, Thread, Trace
 from tests.comm.profile.bitmaps import MAIN, MOVES, PHASES, Bitmap, check_phase, lengths
 
@@ -169,12 +173,33 @@ def test_on_a_cpu_starting_a_move_that_another_thread_carries_computes() -> None
     assert not any("is the host's" in line for line in alone.missing)
 
 
-def test_on_a_cpu_a_thread_computes_on_while_a_message_that_it_posted_is_under_way() -> None:
-    trace = Trace(
-        "t",
-        (operator("gloo:recv", 0, 90), operator("aten::mm", 10, 60)),
-        (Annotation("mlp(F)", 10, 60, MAIN),),
-        on_gpu=False,
-    )
-    totals = analyse(trace).totals
-    assert (totals.compute, totals.comm, totals.exposed) == (50, 90, 40)
+def test_on_a_cpu_a_thread_computes_on_while_a_message_that_it_posted_is_under_way(
+    tmp_path: Path,
+) -> None:
+    """Gloo marks a message on the thread that posts it, until it is done."""
+
+    def ran(category: str, name: str, start: int, length: int, tid: int = 1) -> dict[str, object]:
+        place = {"ph": "X", "pid": 1, "tid": tid}
+        return {**place, "cat": category, "name": name, "ts": start, "dur": length}
+
+    events = [
+        ran("user_annotation", "gloo:recv", 0, 90),
+        ran("user_annotation", "gloo:send", 5, 80),
+        ran("user_annotation", "attn(F) layer 1", 10, 30),
+        ran("cpu_op", "aten::mm", 10, 20),
+        ran("user_annotation", "mlp(F) layer 1", 40, 30),
+        ran("user_annotation", "wait F of stage 2, micro-batch 5", 75, 10),
+        ran("user_annotation", "dispatch(F) layer 1", 30, 30, tid=2),
+        ran("user_annotation", "gloo:recv", 32, 26, tid=2),
+        ran("user_annotation", "gloo:all_reduce", 70, 8, tid=3),
+    ]
+    path = tmp_path / "rank0.json"
+    path.write_text(json.dumps({"deviceProperties": [], "traceEvents": events}))
+    report = analyse(read(path))
+    assert {one.name: (one.compute, one.comm) for one in report.phases} == {
+        "attn(F)": (30_000, 0),
+        "mlp(F)": (30_000, 0),
+        "dispatch(F)": (0, 30_000),
+    }
+    totals = report.totals
+    assert (totals.compute, totals.comm, totals.exposed) == (60_000, 38_000, 8_000)

@@ -119,6 +119,9 @@ def test_each_number_of_each_rank_stands_in_the_table_to_the_nanosecond() -> Non
         for column, field in columns.items():
             text, value = row[column]
             ns = getattr(totals, field)
+            if column == "waiting":  # nothing ran that only waits
+                assert (text, value) == ("–", "-1")
+                continue
             assert value == str(ns)
             assert float(text.replace(",", "")) == pytest.approx(ns / 1e6, abs=0.0005)
 
@@ -136,8 +139,37 @@ def test_each_phase_of_each_rank_stands_in_the_tables_over_all_layers_and_by_lay
             tuple(row[name][1] for name in ("compute", "communication", "waiting", "exposed"))
             for row in rows
         ]
-        assert found == [tuple(map(str, (p.compute, p.comm, p.waiting, p.exposed))) for p in phases]
+        # Nothing ran that only waits, so where something communicated waiting is not known.
+        assert found == [
+            tuple(map(str, (p.compute, p.comm, -1 if p.comm else 0, p.exposed))) for p in phases
+        ]
         assert [row["phase"][0] for row in rows] == [phase.name for phase in phases]
+
+
+def test_waiting_that_is_known_and_bandwidths_stand_in_the_tables() -> None:
+    trace = traces_of(STEPS)[0]
+    report = analyse(trace)
+    first, *others = [phase for phase in report.phases if phase.comm]
+    told = replace(
+        first, waiting=1000, waiting_known=True, algorithm_bytes=first.comm - 1000, bus_bytes=0
+    )
+    report = replace(report, phases=(told, *others))
+    rows = Read(to_html([trace], [report], title="a run")).table("runs", "phase", "busbw, GB/s")
+    assert (rows[0]["waiting"], rows[0]["algbw, GB/s"][0]) == (("0.001", "1000"), "1.0")
+    assert rows[1]["waiting"] == ("–", "-1")
+    assert rows[1]["algbw, GB/s"] == ("", "-1")
+    assert "algbw" not in page_of([trace]).text
+
+
+def test_what_breaks_off_or_is_not_there_is_said_at_the_top() -> None:
+    first, second, _ = traces_of(STEPS)
+    traces = [replace(first, broken="its text ends"), second]
+    ranks = compare_ranks(traces, [analyse(trace) for trace in traces])
+    text = page_of(traces, ranks=ranks).text
+    top = text[: text.index("Where the time went")]
+    assert "Incomplete: the trace of rank 0 breaks off." in top
+    assert "Incomplete: there is no trace of rank 2." in top
+    assert "Incomplete" not in page_of([first, second]).text
 
 
 def test_the_parts_of_the_bar_add_up_to_the_span() -> None:

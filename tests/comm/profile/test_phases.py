@@ -89,6 +89,15 @@ def test_unnamed_layers_are_counted_within_the_range_around_them() -> None:
     assert "numbered from 0" in phases.missing[0]
 
 
+def test_unnamed_layers_of_a_thread_without_ranges_around_them_are_not_numbered() -> None:
+    lane: Thread = (1, 12)
+    moves = [mark("dispatch(F)", 10 * at, 10 * at + 5, lane) for at in range(8)]
+    waits = [mark("wait dispatch(F)", 10 * at, 10 * at + 5) for at in range(8)]
+    phases, _ = found([], [mark("0F0", 0, 90), mark("wait all", 0, 90, lane), *moves, *waits])
+    assert [run.layer for run in phases.runs] == [None] * 8
+    assert phases.missing == ()
+
+
 @pytest.mark.parametrize(
     ("name", "phase"),
     [

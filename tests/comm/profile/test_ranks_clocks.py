@@ -192,3 +192,50 @@ def test_what_does_not_wait_for_all_says_nothing_of_clocks() -> None:
     # The same kernels that wait for all are taken at their word.
     found = compared([told(trace, DISPATCH, None) for trace in traces])
     assert found.clocks[1].offset == -(10**6)
+
+
+def two_expert_groups(told: bool) -> list[Trace]:
+    """Ranks 0 and 1, and 2 and 3, each exchange tokens while the others are far from it; all clocks
+    are right."""
+    near = traces_of([Step([1000, 800], 500)] * 4, on_gpu=False, clocks_ns=[7, 7])
+    far = traces_of([Step([9000, 20_000], 500)] * 4, on_gpu=False, clocks_ns=[7, 7])
+    return [
+        replace(
+            trace,
+            source=f"rank{rank}.json",
+            rank=rank,
+            world_size=4,
+            expert_ranks=((0, 1), (2, 3))[rank // 2] if told else (),
+        )
+        for rank, trace in enumerate([*near, *far])
+    ]
+
+
+def test_moves_of_tokens_are_matched_within_the_expert_group_that_the_trace_tells() -> None:
+    found = compared(two_expert_groups(told=True))
+    assert found.matched == 8
+    assert found.skew == 4 * 200 + 4 * 11_000
+    assert [clock.collectives for clock in found.clocks] == [4, 4, 0, 0]
+    assert [clock.offset for clock in found.clocks] == [0] * 4
+    assert not any("jumped" in note for note in found.notes)
+
+
+def test_no_clock_is_doubted_for_collectives_that_may_be_of_several_groups() -> None:
+    traces = two_expert_groups(told=False)
+    found = compared(traces)
+    assert found.matched == 4
+    assert not any("jumped" in note or "time of day is" in note for note in found.notes)
+    assert [clock.offset for clock in found.clocks] == [0] * 4
+    assert all(clock.jumps == () for clock in found.clocks)
+    # They are all there is where no time of day is told.
+    found = compared([replace(trace, clock_ns=0) for trace in traces])
+    assert found.clocks[1].offset == 0
+    assert found.clocks[2].offset != 0
+
+
+def test_the_moment_of_a_jump_is_in_ms_from_the_traces_begin() -> None:
+    first, second = traces_of([Step([1000, 800], 500)] * 10)
+    jumped = moved(second, second.activities[12].start, 10**7)
+    (note,) = (note for note in compared([first, jumped]).notes if "jumped" in note)
+    moment = (jumped.activities[13].start - jumped.activities[0].start) / 1e6
+    assert f"first at {moment:.3f} ms of its trace" in note

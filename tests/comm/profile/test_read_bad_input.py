@@ -37,6 +37,21 @@ def failure(path: Path) -> str:
     return str(caught.value)
 
 
+def test_a_trace_of_a_gpu_whose_kernels_are_cut_off_is_not_taken_for_a_cpus(tmp_path: Path) -> None:
+    operators = [{**event, "cat": "cpu_op", "args": {}} for event in EVENTS[:50]]
+    path = tmp_path / "killed.json"
+    for devices, refused in (([{"id": 0, "name": "GPU"}], True), ([], False)):
+        whole = json.dumps({"deviceProperties": devices, "traceEvents": operators + EVENTS[50:]})
+        path.write_text(whole[: whole.index('"kernel"') - 40])
+        if refused:
+            assert "its kernels were cut off" in failure(path)
+        else:
+            assert not read(path).on_gpu
+    # A run on the CPU of a host with a GPU has a trace that is whole.
+    path.write_text(json.dumps({"deviceProperties": [{"id": 0}], "traceEvents": operators}))
+    assert not read(path).on_gpu
+
+
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.7, 0.999])
 def test_what_is_whole_in_a_trace_that_breaks_off_is_kept(tmp_path: Path, share: float) -> None:
     cut = int(len(TEXT) * share)
