@@ -12,9 +12,9 @@ from .comparison import ActionTime, Comparison, KindTime
 from .differences import all_together, each_by_itself, of_pairs
 from .findings import findings_of
 from .lineup import LineUp, line_up
-from .matched import Matched
+from .matched import MatchedRow
 from .phases import PHASE_PATTERN
-from .phases_against import bare_phases, no_pairs, pairs_of, phase_times
+from .phases_against import bare_phases, compared_phases, no_pairs, pairs_of
 from .report import Report
 from .rows import PhaseRun, Row, phase_runs
 from .simulated import Simulated, kind_of
@@ -88,7 +88,7 @@ def _by_actions(simulated: Simulated, lined: LineUp) -> Comparison:
         steps=max(len(m.rows) for m in matched),
         actions=actions,
         kinds=_kind_times(actions),
-        phases=phase_times(
+        phases=compared_phases(
             [run for m in matched for row in m.rows for run in _within(row)],
             [run for row in predicted for run in phase_runs(row)],
         ),
@@ -149,7 +149,7 @@ def _kind(name: str) -> tuple[str, str]:
 
 
 def _action_times(
-    matched: Matched, predicted: Row, medians: Mapping[tuple[int, str], tuple[int, int]]
+    matched: MatchedRow, predicted: Row, medians: Mapping[tuple[int, str], tuple[int, int]]
 ) -> Iterator[ActionTime]:
     by_name = {action.name: action for action in predicted.actions}
     for name in matched.names:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from .comparison import Part, RankDifference
-from .matched import Matched
+from .matched import MatchedRow
 from .phases_against import pairs_of
 from .rows import Action, PhaseRun, Row, parts_of, simulated_row
 from .simulated import Simulated
@@ -16,7 +16,7 @@ A = TypeVar("A")
 
 
 def each_by_itself(
-    matched: Sequence[Matched], predicted: Sequence[Row]
+    matched: Sequence[MatchedRow], predicted: Sequence[Row]
 ) -> tuple[RankDifference, ...]:
     """Of each rank, its own row in its training step of median length (of two, the shorter)."""
     chosen = [_middle(sorted(m.rows, key=lambda row: row.length)) for m in matched]
@@ -27,7 +27,7 @@ def each_by_itself(
 
 
 def all_together(
-    matched: Sequence[Matched], predicted: Sequence[Row]
+    matched: Sequence[MatchedRow], predicted: Sequence[Row]
 ) -> tuple[RankDifference, ...]:
     """Of each rank, the time from the first start to the last end of any, on one clock.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median, median_low
 
 from .classify import Rule
-from .matched import Found, Matched, match_rows
+from .matched import Found, MatchedRow, match_rows
 from .measured import measured_rows, measured_runs
 from .phases_against import bare_scale
 from .report import Report
@@ -35,7 +35,7 @@ class LineUp:
     ranks: tuple[int, ...]
     bare: tuple[Row, ...]
     phases: tuple[list[PhaseRun], ...]
-    matched: tuple[Matched, ...]
+    matched: tuple[MatchedRow, ...]
     predicted: tuple[Row, ...]
     times: dict[tuple[int, str], tuple[int, int]]
     ns_per_unit: float
@@ -83,7 +83,7 @@ def line_up(
     return LineUp(ranks, tuple(bare), (), tuple(matched), predicted, times, scale, tuple(missing))
 
 
-def _median_time(matched: Matched, name: str) -> tuple[int, int]:
+def _median_time(matched: MatchedRow, name: str) -> tuple[int, int]:
     """Median over the training steps of an action's time and of its start in the row, ns."""
     found = [
         (action.end - action.start, action.start - row.start)

@@ -23,7 +23,7 @@ class Found(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Matched:
+class MatchedRow:
     """A rank's measured rows and the simulated one, cut to the actions that both have.
 
     Attributes:
@@ -47,7 +47,7 @@ class Matched:
 
 def match_rows(
     simulated: Simulated, found: Sequence[Found], num_traces: int
-) -> tuple[list[Matched], list[str]]:
+) -> tuple[list[MatchedRow], list[str]]:
     """Match the actions of each rank by their names.
 
     Args:
@@ -67,13 +67,13 @@ def match_rows(
             f"{num_traces - len(found)} of {num_traces} traces mark no actions such as 0F3 and are "
             "left out"
         )
-    matched: list[Matched] = []
+    matched: list[MatchedRow] = []
     for number, trace, offset, rows in found:
         rank, pipeline_rank = _place(simulated, trace, len(found), missing)
         names, kept = _match(rank, simulated.rows[pipeline_rank], rows, missing)
         if names:
             actions = _between(simulated.rows[pipeline_rank], names)
-            matched.append(Matched(number, rank, pipeline_rank, offset, names, actions, kept))
+            matched.append(MatchedRow(number, rank, pipeline_rank, offset, names, actions, kept))
     if not matched:
         raise ValueError(
             f"{simulated.source}: no simulated action is in the trace, which has for example "

@@ -13,7 +13,7 @@ from .infer import phases_of
 from .kernel_table import COMMUNICATION, COMPUTE, COPY
 from .phases import is_wait
 from .pieces import pieces_of
-from .rows import Action, Row, Run, row_of
+from .rows import Action, Row, RowRun, row_of
 from .simulated import kind_of
 from .trace import Annotation, Interval, Trace
 from .window import activities_within
@@ -30,7 +30,7 @@ _TRAINING_STEP = re.compile(r"ProfilerStep#\d+")
 
 def measured_runs(
     trace: Trace, rules: Sequence[Rule], phase_pattern: str, window: Interval
-) -> list[Run]:
+) -> list[RowRun]:
     """What ran on a rank within a window, by part and phase, as `analyse` sees it.
 
     Args:
@@ -48,33 +48,33 @@ def measured_runs(
     pieces = pieces_of(trace, activities, indices, classes, phases, window)
     # On a GPU there is a piece for each activity, in the same order.
     launched = [activity.launched for activity in activities] if trace.on_gpu else repeat(None)
-    runs: list[Run] = []
+    runs: list[RowRun] = []
     for piece, at in zip(pieces, launched, strict=False):
         part = _PARTS[piece.group, piece.waits]
         if piece.run < 0:
-            runs.append(Run(piece.start, piece.end, part, launched=at))
+            runs.append(RowRun(piece.start, piece.end, part, launched=at))
         else:
             of = phases.runs[piece.run]
             # Inferred phases leave out what computes at either end: no pairs can be made of them.
             layer = None if phases.inferred else of.layer
             place = (of.name, layer, piece.run, at, of.within)
-            runs.append(Run(piece.start, piece.end, part, *place))
+            runs.append(RowRun(piece.start, piece.end, part, *place))
     if not trace.on_gpu:
         # Not cut to the window: it begins with the first operator, and an action may before.
         runs += _marked_waits(trace, phase_pattern)
     return runs
 
 
-def _marked_waits(trace: Trace, phase_pattern: str) -> Iterator[Run]:
+def _marked_waits(trace: Trace, phase_pattern: str) -> Iterator[RowRun]:
     """Ranges such as "wait dispatch(F) layer 3", or "wait F of stage 2" for a message."""
     wait = re.compile(rf"wait ({phase_pattern})(?: layer \d+)?")
     for mark in trace.annotations:
         if mark.thread is not None and is_wait(mark.name):
             of = wait.fullmatch(mark.name)
-            yield Run(mark.start, mark.end, WAITING, of[1] if of else "", None, -1)
+            yield RowRun(mark.start, mark.end, WAITING, of[1] if of else "", None, -1)
 
 
-def measured_rows(trace: Trace, runs: Sequence[Run], window: Interval) -> list[Row]:
+def measured_rows(trace: Trace, runs: Sequence[RowRun], window: Interval) -> list[Row]:
     """The rank's rows, one a training step, in order; none where no action is marked.
 
     A training step is what torch's profiler marks as such ("ProfilerStep#3"); without such marks a
@@ -99,7 +99,7 @@ def measured_rows(trace: Trace, runs: Sequence[Run], window: Interval) -> list[R
     return [row_of(step, actions, runs) for step, actions in _by_step(trace, timed)]
 
 
-def _launched(run: Run) -> int:
+def _launched(run: RowRun) -> int:
     assert run.launched is not None
     return run.launched
 
@@ -113,7 +113,7 @@ def _host_marks(trace: Trace) -> list[Annotation]:
 
 
 def _launched_within(
-    marks: Iterable[Annotation], by_launch: Sequence[Run]
+    marks: Iterable[Annotation], by_launch: Sequence[RowRun]
 ) -> list[tuple[int, Action]]:
     """Each mark's start and its action, of those that launched anything."""
     times = [_launched(run) for run in by_launch]
@@ -127,12 +127,12 @@ def _launched_within(
     return timed
 
 
-def _is_own(run: Run) -> bool:
+def _is_own(run: RowRun) -> bool:
     """Whether it belongs to an action, and not to the messages before or after it."""
     return run.part in (COMPUTING, COPYING) or run.phase != ""
 
 
-def _on_host(trace: Trace, runs: Sequence[Run]) -> list[tuple[int, Action]]:
+def _on_host(trace: Trace, runs: Sequence[RowRun]) -> list[tuple[int, Action]]:
     """Each mark's start and its action, without the waits for messages that it begins with."""
     # Not by phases: the thread that communicates may start a move of the action before meanwhile.
     own = sorted(run.start for run in runs if run.part in (COMPUTING, COPYING))
@@ -148,7 +148,7 @@ def _on_host(trace: Trace, runs: Sequence[Run]) -> list[tuple[int, Action]]:
     return timed
 
 
-def _start(run: Run) -> int:
+def _start(run: RowRun) -> int:
     return run.start
 
 

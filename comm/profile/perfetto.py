@@ -25,7 +25,7 @@ from .measured import measured_rows, measured_runs
 from .phases import PHASE_PATTERN
 from .phases_against import pairs_of
 from .report import Report
-from .rows import Row, Run, simulated_row
+from .rows import Row, RowRun, simulated_row
 from .simulated import Simulated
 from .trace import Interval, Trace
 
@@ -115,7 +115,7 @@ def write_perfetto(
             _write(out, traces, bars, shifts)
 
 
-def _measured(trace: Trace, runs: Sequence[Run], window: Interval) -> Iterator[Bar]:
+def _measured(trace: Trace, runs: Sequence[RowRun], window: Interval) -> Iterator[Bar]:
     for row in measured_rows(trace, runs, window):
         for action in row.actions:
             yield Bar(ACTIONS, False, action.start, action.end, action.name)
@@ -131,7 +131,7 @@ def _row_bars(row: Row, shift: int) -> Iterator[Bar]:
         yield bar._replace(start=bar.start + shift, end=bar.end + shift)
 
 
-def _run_bars(runs: Iterable[Run], *, simulated: bool) -> Iterator[Bar]:
+def _run_bars(runs: Iterable[RowRun], *, simulated: bool) -> Iterator[Bar]:
     """What ran, by phase: each time that a phase was run, as the union of what ran of it."""
     found: defaultdict[tuple[str, str], list[Interval]] = defaultdict(list)
     instances: defaultdict[tuple[str, str, int], list[Interval]] = defaultdict(list)

@@ -55,7 +55,7 @@ def bare_scale(simulated: Simulated, phases: Sequence[Sequence[PhaseRun]]) -> fl
         )
     known = simulated.ns_per_unit
     trial = known or _TRIAL_NS / simulated.makespan
-    found = phase_times(measured, _expected(simulated, trial))
+    found = compared_phases(measured, _expected(simulated, trial))
     ratios = [phase.ratio for phase in found if phase.ratio]
     if not ratios:
         names = ", ".join(sorted({run.phase for run in measured}))
@@ -73,7 +73,7 @@ def bare_phases(
     Returns:
         The phases; and the time of one layer of a pair, measured and simulated, if both have one.
     """
-    found = phase_times(
+    found = compared_phases(
         [run for of_rank in phases for run in of_rank], _expected(simulated, ns_per_unit)
     )
     layers = [
@@ -163,7 +163,7 @@ def _num_layers(runs: Sequence[PhaseRun]) -> int:
     return max(len({run.layer for run in runs if _half(run) == half}) for half in ("F", "B"))
 
 
-def phase_times(
+def compared_phases(
     measured: Iterable[PhaseRun], predicted: Iterable[PhaseRun]
 ) -> tuple[PhaseTime, ...]:
     """By kind of action and phase, those that were measured."""

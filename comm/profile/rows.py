@@ -20,7 +20,7 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 
-class Run(NamedTuple):
+class RowRun(NamedTuple):
     """Something that ran.
 
     Attributes:
@@ -67,7 +67,7 @@ class Row:
     start: int
     end: int
     actions: tuple[Action, ...]
-    runs: tuple[Run, ...]
+    runs: tuple[RowRun, ...]
 
     @property
     def length(self) -> int:
@@ -118,15 +118,15 @@ def simulated_row(actions: Sequence[SimulatedAction], ns_per_unit: float) -> Row
     All of an action without phases counts as computing.
     """
     shown: list[Action] = []
-    runs: list[Run] = []
+    runs: list[RowRun] = []
     for number, (name, start, end, phases) in enumerate(actions):
         action = Action(name, round(start * ns_per_unit), round(end * ns_per_unit))
         shown.append(action)
         if not phases:
-            runs.append(Run(action.start, action.end, COMPUTING))
+            runs.append(RowRun(action.start, action.end, COMPUTING))
         for phase in phases:
             runs.append(
-                Run(
+                RowRun(
                     round(phase.start * ns_per_unit),
                     round(phase.end * ns_per_unit),
                     COMPUTING if phase.lane == COMPUTE else TRANSFER,
@@ -138,7 +138,7 @@ def simulated_row(actions: Sequence[SimulatedAction], ns_per_unit: float) -> Row
     return row_of("", shown, runs)
 
 
-def row_of(step: str, actions: Sequence[Action], runs: Sequence[Run]) -> Row:
+def row_of(step: str, actions: Sequence[Action], runs: Sequence[RowRun]) -> Row:
     """A row from the start of its first action to the end of its last; there is one at least."""
     start = min(action.start for action in actions)
     return Row(step, start, max(action.end for action in actions), tuple(actions), tuple(runs))
@@ -180,11 +180,11 @@ def phase_runs(row: Row) -> list[PhaseRun]:
     kinds = _kinds(row)
     starts = [start for start, _, _ in kinds]
     computing = union((run.start, run.end) for run in row.runs if run.part == COMPUTING)
-    marked: defaultdict[tuple[str, int | None, int], list[Run]] = defaultdict(list)
+    marked: defaultdict[tuple[str, int | None, int], list[RowRun]] = defaultdict(list)
     for run in row.runs:
         if run.phase and run.instance >= 0:
             marked[run.phase, run.layer, run.instance].append(run)
-    joined: defaultdict[tuple[int, str, int | None, int], list[Run]] = defaultdict(list)
+    joined: defaultdict[tuple[int, str, int | None, int], list[RowRun]] = defaultdict(list)
     for (phase, layer, instance), runs in marked.items():
         place = bisect_right(starts, min(run.start for run in runs)) - 1
         apart = instance if layer is None or not kinds else -1
@@ -196,7 +196,7 @@ def phase_runs(row: Row) -> list[PhaseRun]:
     return sorted(found, key=lambda run: run.start)
 
 
-def _phase_run(kind: str, runs: Sequence[Run], computing: Sequence[Interval]) -> PhaseRun:
+def _phase_run(kind: str, runs: Sequence[RowRun], computing: Sequence[Interval]) -> PhaseRun:
     """A run of a phase from all that ran of it; `computing` is when anything of the rank did."""
     start, end = min(run.start for run in runs), max(run.end for run in runs)
     own, moved, waited = (

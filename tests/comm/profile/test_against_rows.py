@@ -16,7 +16,7 @@ from counterflow.comm.profile.comparison import (
 from counterflow.comm.profile.rows import (
     Action,
     Row,
-    Run,
+    RowRun,
     parts_of,
     phase_runs,
     simulated_row,
@@ -33,7 +33,7 @@ TIMES = st.tuples(st.integers(0, 40), st.integers(0, 12))
 def rows(draw: st.DrawFn) -> Row:
     """Runs and actions that overlap, touch, are empty or reach out of the row."""
     runs = [
-        Run(start, start + length, part, phase, None, number)
+        RowRun(start, start + length, part, phase, None, number)
         for number, ((start, length), part, phase) in enumerate(
             draw(
                 st.lists(
@@ -91,7 +91,11 @@ def kinds_at(row: Row, moment: int) -> set[str]:
 
 
 def test_what_started_first_counts_where_two_run_at_once() -> None:
-    runs = (Run(0, 6, COMPUTING, "a"), Run(4, 9, COMPUTING, "b"), Run(2, 12, TRANSFER, "c"))
+    runs = (
+        RowRun(0, 6, COMPUTING, "a"),
+        RowRun(4, 9, COMPUTING, "b"),
+        RowRun(2, 12, TRANSFER, "c"),
+    )
     row = Row("0", 0, 14, (Action("0F0", 0, 10), Action("0W0", 8, 13)), runs)
     assert [tuple(stretch) for stretch in stretches(row)] == [
         (0, 6, "F", COMPUTING, "a"),
@@ -105,12 +109,12 @@ def test_what_started_first_counts_where_two_run_at_once() -> None:
 
 def test_a_phase_run_has_its_busy_times_and_what_no_computation_hid() -> None:
     runs = (
-        Run(0, 4, WAITING, "dispatch(F)", 0, 7),
-        Run(3, 10, TRANSFER, "dispatch(F)", 0, 7),
-        Run(2, 5, COMPUTING, "mlp(B)", 0, 8),
-        Run(8, 9, COMPUTING, "", None, 0),
-        Run(20, 21, TRANSFER, "dispatch(F)", 0, 9),
-        Run(15, 16, WAITING, "dispatch(F)", None, -1),
+        RowRun(0, 4, WAITING, "dispatch(F)", 0, 7),
+        RowRun(3, 10, TRANSFER, "dispatch(F)", 0, 7),
+        RowRun(2, 5, COMPUTING, "mlp(B)", 0, 8),
+        RowRun(8, 9, COMPUTING, "", None, 0),
+        RowRun(20, 21, TRANSFER, "dispatch(F)", 0, 9),
+        RowRun(15, 16, WAITING, "dispatch(F)", None, -1),
     )
     (first, compute, second) = phase_runs(Row("0", 0, 30, (Action("0F0", 0, 12),), runs))
     assert (first.kind, first.phase, first.layer) == ("F", "dispatch(F)", 0)
