@@ -21,6 +21,7 @@ from counterflow.launch import profile_command, simulate_progress
 from counterflow.launch.cli import main
 from counterflow.launch.profile_conditions import parse_condition
 from counterflow.launch.profile_json import NUMBERS, PHASE_NUMBERS
+from tests.launch.commands import Command
 
 
 @pytest.fixture(autouse=True)
@@ -124,24 +125,8 @@ def folder(tmp_path: Path) -> str:
     return str(path)
 
 
-def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert main(["profile", *arguments]) == 0
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    return captured.out
-
-
-def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    return json.loads(shown(capsys, *arguments, "--json"))
-
-
-def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert main(["profile", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("counterflow: error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err.removeprefix("counterflow: error: ").rstrip()
+_COMMAND = Command("profile")
+shown, printed, error_of = _COMMAND.shown, _COMMAND.printed, _COMMAND.error_of
 
 
 # What is printed

@@ -25,6 +25,7 @@ from counterflow.parallel.schedule import build, names
 from counterflow.parallel.simulate import Costs, Memory, Phases, simulate
 from counterflow.parallel.simulate.cost_file import load_costs
 from counterflow.parallel.simulate.phases import NAMES
+from tests.launch.commands import Command
 
 
 @pytest.fixture(autouse=True)
@@ -38,23 +39,8 @@ _UNIT = "chunks of 1/4 model"
 PAIR = ("--costs", "F=1,I=1,W=1,pair=3,send=0")
 
 
-def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert main(["simulate", *arguments]) == 0
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    return captured.out
-
-
-def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    return json.loads(shown(capsys, *arguments, "--json"))
-
-
-def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert main(["simulate", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("counterflow: error: ")
-    return captured.err.removeprefix("counterflow: error: ").rstrip()
+_COMMAND = Command("simulate", one_line=False)
+shown, printed, error_of = _COMMAND.shown, _COMMAND.printed, _COMMAND.error_of
 
 
 def written(folder: Path, name: str, text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -20,30 +19,15 @@ from counterflow.comm.traffic import BACKENDS, node_matrix, route
 from counterflow.comm.traffic_sizes import PHASES, PayloadSizes, RowSizes
 from counterflow.comm.traffic_synthetic import Choice, random_routing
 from counterflow.launch.cli import main
+from tests.launch.commands import Command
 
 SMALL = ("--ranks", "8", "--ranks-per-node", "2", "--experts", "32", "--groups", "4")
 SMALL = (*SMALL, "--node-limit", "2", "--top-k", "4", "--tokens", "50", "--hidden", "256")
 PLAIN = ("--ranks", "4", "--ranks-per-node", "2", "--experts", "4", "--hidden", "64")
 
 
-def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert main(["traffic", *arguments]) == 0
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    return captured.out
-
-
-def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    return json.loads(shown(capsys, *arguments, "--json"))
-
-
-def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert main(["traffic", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("counterflow: error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err.removeprefix("counterflow: error: ").rstrip()
+_COMMAND = Command("traffic")
+shown, printed, error_of = _COMMAND.shown, _COMMAND.printed, _COMMAND.error_of
 
 
 def saved(folder: Path, experts: Any) -> str:
