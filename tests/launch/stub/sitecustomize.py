@@ -22,6 +22,8 @@ def _train(config: Any, folder: Path) -> None:
         case "refuse":
             raise ValueError(f"stage {config.train.steps} is a view")
         case "die" if rank == 1:
+            while not (folder / "rank0").exists():  # torchrun would end it before it has begun
+                time.sleep(0.01)
             os.kill(os.getpid(), 9)
         case "die":
             time.sleep(120)
