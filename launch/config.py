@@ -18,9 +18,13 @@ from ..comm.dispatch.names import DispatcherName, PayloadName
 from ..model import ModelConfig
 from ..parallel.mesh import MeshShape
 from ..parallel.schedule import names
+from .checkpoint.section import CheckpointConfig
 from .fp8_config import FP8Config, RecomputeConfig
 from .guards import require, require_choice
+from .life.section import GuardConfig
+from .metrics_config import MetricsConfig
 from .overlap_config import OverlapConfig
+from .preflight.section import PreflightConfig
 from .recording_config import ProfileConfig
 from .settings import (
     ConfigError,
@@ -33,6 +37,7 @@ from .settings import (
     read_overrides,
     read_toml,
 )
+from .zero_config import ZeroConfig
 
 Device = Literal["auto", "cpu", "cuda"]
 DataKind = Literal["stdlib", "text", "tokens"]
@@ -55,6 +60,12 @@ class RunConfig:
         "auto", "where to compute; auto is cuda if every process on this machine can have a GPU"
     )
     timeout_s: float = option(300.0, "limit of every wait for another rank, seconds")
+    max_restarts: int = option(
+        0, "times that all ranks are started again, from the last checkpoint, after one was lost"
+    )
+    logs: bool = option(
+        False, "each rank's output goes to FOLDER/NAME/logs/rankN.log too, after what is there"
+    )
 
     def __post_init__(self) -> None:
         if not self.name or self.name in (".", "..") or "/" in self.name or "\0" in self.name:
@@ -66,6 +77,7 @@ class RunConfig:
         require("run.port", self.port, 0 <= self.port < 65536, "0 (any) to 65535")
         require_choice("run.device", self.device, Device)
         require("run.timeout_s", self.timeout_s, 0 < self.timeout_s < math.inf, "above 0")
+        require("run.max_restarts", self.max_restarts, self.max_restarts >= 0, "0 or more")
 
     @property
     def path(self) -> Path:
@@ -298,6 +310,11 @@ class Config:
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
 
     def __post_init__(self) -> None:
         if self.moments == "bfloat16":

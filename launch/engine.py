@@ -7,7 +7,7 @@ the routers' biases from the load of the whole global batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,11 +46,15 @@ class StepResult:
         losses: "main", "mtp" and "balance", mean over the global batch; "main" in nats per token.
         grad_norm: of all parameters, before clipping.
         loads: tokens that each routed expert got in this step, by name of the layer's router.
+        updated: whether the parameters were updated; False where `judge` would not have it.
+        asked: sum over all ranks of what they gave as `asked`.
     """
 
     losses: dict[str, float]
     grad_norm: float
     loads: dict[str, list[int]]
+    updated: bool = True
+    asked: int = 0
 
     @property
     def loss(self) -> float:
@@ -187,6 +191,8 @@ class Engine:
         max_norm: float = 1.0,
         mtp_weight: float = 0.3,
         bias_update_speed: float = 1e-3,
+        judge: Callable[[float, float], bool] | None = None,
+        asked: int = 0,
     ) -> StepResult:
         """One optimizer step.
 
@@ -196,21 +202,35 @@ class Engine:
             max_norm: limit of the gradient norm, 0 for none.
             mtp_weight: lambda of multi-token prediction.
             bias_update_speed: gamma of the routers' biases.
+            judge: given the main loss and the gradient norm, which are the same on every rank, says
+                whether to update parameters and biases, or raises; None updates, unless the norm is
+                not finite.
+            asked: a number to sum over all ranks, in a message that goes anyway: whether this rank
+                was asked to stop.
 
         Raises:
             CommError: a peer is gone or a wait took too long; PipelineError tells where.
-            ValueError: the gradient norm is not finite; nothing has been updated then.
+            ValueError: the gradient norm is not finite and there is no `judge`; nothing has been
+                updated then.
         """
         for part in self.parts.values():
             part.mtp_loss_weight = mtp_weight
         self.gradients(inputs, targets)
         with self.pipeline.at("sums over the whole mesh"):
             with mark("gradient norm"):
-                norm = clip_by_global_norm(
-                    self.parameters.items(), self._owned, max_norm, board=self.mesh.waits
+                norm, asked = clip_by_global_norm(
+                    self.parameters.items(),
+                    self._owned,
+                    max_norm,
+                    asked=asked,
+                    board=self.mesh.waits,
                 )
             losses = self._mean_over_dp(self.pipeline.report.losses)
-            if not norm < float("inf"):
+            if judge is not None:
+                if not judge(losses["main"], norm):
+                    loads = self._balance(0.0)
+                    return StepResult(losses, norm, loads, updated=False, asked=asked)
+            elif not norm < float("inf"):
                 raise ValueError(
                     f"the gradient norm is {norm} with a loss of {losses['main']:g}; training "
                     "cannot go on: lower train.lr, or lengthen train.warmup_steps"
@@ -219,7 +239,7 @@ class Engine:
                 self._update(lr)
             with mark("router biases"):
                 loads = self._balance(bias_update_speed)
-            return StepResult(losses, norm, loads)
+            return StepResult(losses, norm, loads, asked=asked)
 
     def _update(self, lr: float) -> None:
         """The optimizer's update; the average goes on while the next step begins."""

@@ -160,8 +160,9 @@ def clip_by_global_norm(
     owned: Container[str],
     max_norm: float,
     *,
+    asked: int = 0,
     board: WaitBoard | None = None,
-) -> float:
+) -> tuple[float, int]:
     """Scale the gradients of the whole model to a norm of at most `max_norm`; a collective.
 
     Args:
@@ -170,12 +171,14 @@ def clip_by_global_norm(
             the model must be owned exactly once: of replicas (dp, stages held twice, tied weights,
             experts over dp / ep) by one rank, of sharded experts by each shard's.
         max_norm: the limit; 0 measures only.
+        asked: a number that is summed over the world in the same message.
         board: where the wait is announced.
 
     Returns:
-        The norm before scaling, of every rank the same: summed in float64 over the world, or over
-        this process where torch.distributed is not initialised. Where it is not finite, nothing is
-        scaled, and the ranks that own a parameter whose gradient is at fault log its name.
+        The norm before scaling and the sum of `asked`, of every rank the same: summed in float64
+        over the world, or over this process where torch.distributed is not initialised. Where the
+        norm is not finite, nothing is scaled, and the ranks that own a parameter whose gradient is
+        at fault log its name.
 
     Raises:
         CommError: another rank is gone or did not answer in time.
@@ -188,12 +191,13 @@ def clip_by_global_norm(
         for name, p in parameters
         if name in owned
     }
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    totals = torch.tensor([0.0, asked], dtype=torch.float64, device=device)
     for square in squares.values():
-        total += square
+        totals[0] += square
     world = dist.group.WORLD if dist.is_initialized() else None
-    sum_over(total, world, "the gradient norm", board=board)
-    norm = math.sqrt(total.item())
+    sum_over(totals, world, "the gradient norm", board=board)
+    total, all_asked = totals.tolist()
+    norm = math.sqrt(total)
     if not math.isfinite(norm):
         bad = [name for name, square in squares.items() if not torch.isfinite(square)]
         if bad:
@@ -203,7 +207,7 @@ def clip_by_global_norm(
             for _, parameter in parameters:
                 assert parameter.grad is not None
                 parameter.grad.mul_(max_norm / norm)
-    return norm
+    return norm, round(all_asked)
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

@@ -43,5 +43,5 @@ def clipped_on_rank(rank: int, world: int, max_norm: float) -> tuple[float, dict
     named = {name: nn.Parameter(torch.zeros_like(whole[name])) for name in held}
     for name, parameter in named.items():
         parameter.grad = whole[name]
-    norm = clip_by_global_norm(named.items(), set(mine), max_norm)
+    norm, _ = clip_by_global_norm(named.items(), set(mine), max_norm)
     return norm, {name: p.grad for name, p in named.items() if p.grad is not None}
