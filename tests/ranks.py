@@ -27,7 +27,12 @@ from typing import Any
 
 from bench.hosts import LINK, Host, enter
 
-_PRELOAD = ["torch", "torch.distributed", "counterflow.parallel.chunk"]
+_PRELOAD = [
+    "torch",
+    "torch.distributed",
+    "counterflow.parallel.chunk",
+    "counterflow.launch.checkpoint.store",
+]
 
 
 def free_port() -> int:
