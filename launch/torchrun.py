@@ -13,57 +13,104 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..comm.waiting import name_ranks
+from .folder import STOPPED_FILE
 from .settings import ConfigError
 
+if TYPE_CHECKING:
+    from .life.nodes import Nodes
 
-def start(arguments: Sequence[str], *, nproc: int, port: int) -> int:
-    """Run `python -m counterflow ARGUMENTS` as `nproc` ranks and wait for them.
+
+def start(
+    arguments: Sequence[str],
+    *,
+    nproc: int,
+    port: int,
+    nodes: Nodes | None = None,
+    max_restarts: int = 0,
+    folder: Path | None = None,
+    grace_s: float = 0.0,
+    timeout_s: float = 300.0,
+) -> int:
+    """Run `python -m counterflow ARGUMENTS` as `nproc` ranks of this machine and wait for them.
+
+    SIGTERM, SIGUSR1 and SIGUSR2 to this process ask every rank to stop, by one SIGUSR1; SIGINT and
+    a second SIGTERM end them all. When a rank is lost, all ranks on all machines are started again,
+    `max_restarts` times at most; not after a user's mistake, nor when asked to stop.
 
     Args:
         arguments: of the command that every rank runs.
-        nproc: number of processes, all on this machine.
-        port: where they meet, 0 for any free one.
+        nproc: number of processes on this machine.
+        port: where they meet, on node 0; 0 for any free one, on one machine.
+        nodes: this machine's place among several, each of which calls this; None: it is alone.
+        max_restarts: the same on all machines.
+        folder: of the run; rank 0 leaves `stopped.json` there when it has stopped before its time.
+        grace_s: what ranks have to stop, seconds; 0: nothing is saved, so signals end all at once.
+        timeout_s: how long to wait for other machines, seconds.
 
     Returns:
-        The exit status: 0 if every rank ended well, of a failed rank its own (1 if a signal ended
-        it), 128 + N if signal N ended this process's waiting.
+        The exit status (life.status): DONE, STOPPED, of a failed rank its own (FAILED if a signal
+        ended it), FAILED if another machine is gone, 128 + N if signal N to this process ended it.
 
     Raises:
         ConfigError: the port is in use or not allowed.
     """
-    port = free_port(port)
-    from torch.distributed import DistNetworkError
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    alone = nodes is None
+    port = free_port(port) if alone or not nodes.node_rank else port
+    from torch.distributed.elastic.multiprocessing import SignalException
 
-    command = [
-        "--nnodes=1",
-        f"--nproc-per-node={nproc}",
-        "--master-addr=127.0.0.1",
-        f"--master-port={port}",
-        "--monitor-interval=0.2",
-        *("-m", "counterflow", *arguments),
-    ]
+    from .life.agent import Agent, print_error
+    from .life.nodes import Council, NodeError, Nodes
+    from .life.status import FAILED, STOPPED
+
+    nodes = Nodes(1, 0, "127.0.0.1") if nodes is None else nodes
+    stopped = _Changes(None if folder is None else folder / STOPPED_FILE)
     # What torchrun logs about a failure (a table, its own traceback) hides what the rank said.
     logging.disable(logging.ERROR)
+    agent: Agent | None = None
     try:
-        torchrun.run(torchrun.parse_args(command))
-    except ChildFailedError as error:
-        failed = {r: (f.exitcode, float(f.timestamp)) for r, f in error.failures.items()}
-        message, status = verdict(failed)
-        if message:
-            sys.stderr.write(f"counterflow: error: {message}\n")  # in one write
-        return status
+        with closing(Council(nodes, port, limit_s=timeout_s)) as council:
+            agent = Agent(
+                [sys.executable, "-u", "-m", "counterflow", *arguments],
+                nproc=nproc,
+                council=council,
+                max_restarts=max_restarts,
+                grace_s=grace_s,
+                was_stopped=stopped,
+            )
+            with agent.signals():
+                agent.run()
     except SignalException as error:
-        return 128 + error.sigval
-    except DistNetworkError as error:  # someone took the port after we looked
-        raise ConfigError(f"run.port={port} cannot be used: {str(error).splitlines()[0]}") from None
+        ended_by = agent.ended_by if agent is not None else None
+        return 128 + (ended_by or error.sigval)
+    except NodeError as error:
+        print_error(f"node {nodes.node_rank}: {error}")
+        return FAILED
     finally:
         logging.disable(logging.NOTSET)
-    return 0
+    return STOPPED if agent.stopped else agent.status
+
+
+class _Changes:
+    """Says whether a file has been written since this was made."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._before = self._stamp()
+
+    def __call__(self) -> bool:
+        now = self._stamp()
+        return now is not None and now != self._before
+
+    def _stamp(self) -> tuple[int, int] | None:
+        try:
+            found = None if self._path is None else self._path.stat()
+        except OSError:
+            return None
+        return None if found is None else (found.st_mtime_ns, found.st_ino)
 
 
 def free_port(port: int) -> int:
@@ -131,40 +178,3 @@ def die_with_launcher(environ: Mapping[str, str] = os.environ) -> None:
     if "TORCHELASTIC_RUN_ID" in environ and sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def verdict(failed: Mapping[int, tuple[int, float]]) -> tuple[str, int]:
-    """What to say of a run whose ranks failed, and its exit status.
-
-    torchrun looks at its ranks five times a second, so those that failed because another was gone
-    are often found together with it, by the whole second; the rest it has ended itself.
-
-    Args:
-        failed: by rank, in the order found: exit status, negative for a signal, and when, seconds.
-
-    Returns:
-        One line, or "" where the rank at fault has said what was wrong; and the exit status.
-    """
-    first = min(when for _, when in failed.values())
-    at_once = {r: status for r, (status, when) in failed.items() if when <= first + 1}
-    rank = min(at_once, key=lambda r: _consequence(at_once[r]))
-    status = at_once[rank]
-    # 30 s after SIGTERM torchrun sends SIGKILL.
-    stuck = [r for r, (s, when) in failed.items() if s == -signal.SIGKILL and r not in at_once]
-    also = f"; {name_ranks(stuck)} did not answer SIGTERM: stopped, or hung" if stuck else ""
-    if status < 0:
-        return f"rank {rank} was ended by {signal.Signals(-status).name}{also}", 1
-    if status == 2 and not also:
-        return "", 2
-    return f"rank {rank} ended with exit status {status}; what it said is above{also}", status
-
-
-def _consequence(status: int) -> int:
-    """How likely a rank ended like this because of another, from 0 up."""
-    if status in (-signal.SIGTERM, 128 + signal.SIGTERM):
-        return 4  # as torchrun ends the others
-    if status == -signal.SIGABRT:
-        return 3  # as a communication library may end when a peer is gone
-    if status < 0:
-        return 0
-    return 1 if status == 2 else 2  # 2: a mistake that it found itself

@@ -15,8 +15,9 @@ import pytest
 
 from counterflow.launch.config import Config, load
 from counterflow.launch.folder import claim
+from counterflow.launch.life.verdict import verdict
 from counterflow.launch.settings import ConfigError
-from counterflow.launch.torchrun import choose_device, free_port, set_threads, verdict
+from counterflow.launch.torchrun import choose_device, free_port, set_threads
 
 STUB = Path(__file__).with_name("stub")
 _SMALL = ["--run.device", "cpu", "--mesh.dp", "1", "--mesh.ep", "1"]  # two ranks
@@ -40,17 +41,18 @@ class Run:
 
     def rank_pids(self, count: int = 2) -> list[int]:
         """Wait until every rank is in training, and tell their process ids."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120  # a loaded machine
         while time.monotonic() < deadline:
             files = [self.folder / f"rank{rank}" for rank in range(count)]
-            if all(file.exists() and file.read_text() for file in files):
+            # It writes to the second file when the first is complete.
+            if all((self.folder / f"starts{rank}").exists() for rank in range(count)):
                 return [int(file.read_text().split()[0]) for file in files]
             time.sleep(0.05)
         raise AssertionError(f"ranks did not start: {self.process.poll()}")
 
     def end(self) -> tuple[int, str]:
         """Exit status and stderr."""
-        _, errors = self.process.communicate(timeout=60)
+        _, errors = self.process.communicate(timeout=120)
         return self.process.returncode, errors
 
 
@@ -95,7 +97,7 @@ def test_all_ranks_run_with_the_resolved_configuration_and_share_the_cores(
 def test_a_signal_ends_every_rank(
     tmp_path: Path, started: list[Run], number: signal.Signals
 ) -> None:
-    started.append(run := Run(tmp_path, "wait"))
+    started.append(run := Run(tmp_path, "wait", "--checkpoint.enabled", "false"))
     pids = run.rank_pids()
     run.process.send_signal(number)
     assert run.end()[0] == 128 + number
@@ -131,7 +133,12 @@ def test_a_rank_that_is_killed_is_named_and_takes_the_others_with_it(
     started.append(run := Run(tmp_path, "die"))
     pids = run.rank_pids()
     status, errors = run.end()
-    assert (status, errors) == (1, "counterflow: error: rank 1 was ended by SIGKILL\n")
+    assert status == 1
+    first, *table, last = errors.splitlines()
+    assert first == "counterflow: error: rank 1 was ended by SIGKILL; where each rank stands:"
+    host = socket.gethostname()
+    assert table == [f"  rank 0 ({host}): step 7", f"  rank 1 ({host}): was ended by SIGKILL"]
+    assert last == "counterflow: error: rank 1 was ended by SIGKILL"
     assert gone(pids)
 
 
@@ -151,8 +158,10 @@ def test_a_rank_that_lost_a_peer_ends_with_its_line_and_no_abort_at_exit(
     started.append(run := Run(tmp_path, "lose"))
     status, errors = run.end()
     assert status == 1
-    first, *_, last = errors.splitlines()
-    assert re.fullmatch("counterflow: error: rank [01], step 7: a peer is gone", first)
+    first, *table, last = errors.splitlines()
+    lost = "rank [01], step 7: a peer is gone"
+    assert re.fullmatch(f"counterflow: error: {lost}; where each rank stands:", first)
+    assert any("step 7: a peer is gone" in line for line in table)
     assert re.search("rank [01] ended with exit status 1; what it said is above$", last)
 
 
@@ -166,6 +175,9 @@ def test_a_rank_that_lost_a_peer_ends_with_its_line_and_no_abort_at_exit(
         ({0: (-6, 9), 1: (1, 9)}, "rank 1 ended with exit status 1; what it said is above", 1),
         ({0: (143, 9), 1: (-15, 9), 2: (-6, 9)}, "rank 2 was ended by SIGABRT", 1),
         ({1: (143, 9), 0: (143, 9)}, "rank 1 ended with exit status 143; what it", 143),
+        # The launcher interrupts the others; of two that failed alike, the first.
+        ({0: (130, 9), 1: (1, 9.5), 2: (-2, 9)}, "rank 1 ended with exit status 1", 1),
+        ({0: (1, 9.5), 1: (1, 9.2)}, "rank 1 ended with exit status 1", 1),
         # Killed 30 s after all were told to end.
         ({0: (1, 9), 1: (-9, 39)}, "above; rank 1 did not answer SIGTERM: stopped, or hung", 1),
         ({0: (2, 9), 1: (-9, 39), 2: (-9, 39)}, "; ranks 1, 2 did not answer SIGTERM", 2),
@@ -174,7 +186,7 @@ def test_a_rank_that_lost_a_peer_ends_with_its_line_and_no_abort_at_exit(
 def test_the_rank_that_failed_by_itself_is_blamed(
     failed: dict[int, tuple[int, float]], message: str, status: int
 ) -> None:
-    said, code = verdict(failed)
+    _, said, code = verdict(failed)
     assert message in said
     assert bool(message) == bool(said)
     assert code == status

@@ -93,8 +93,9 @@ def test_ranks_that_wait_for_others_in_vain_say_so_in_one_line_within_the_limit(
     size = len(present) + 1
     began = time.monotonic()
     processes = [rank(number, size, port, tmp_path) for number in present]
-    ended = [process.communicate(timeout=60)[1] for process in processes]
-    assert time.monotonic() - began < 30  # most of it is importing torch; the default is 300
+    ended = [process.communicate(timeout=120)[1] for process in processes]
+    # Most of it is importing torch on a loaded machine; the default limit is 300.
+    assert time.monotonic() - began < 120
     for number, process, errors in zip(present, processes, ended, strict=True):
         others = "rank" if size == 2 else "2 ranks"
         assert errors.startswith(

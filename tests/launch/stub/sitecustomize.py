@@ -11,33 +11,86 @@ from pathlib import Path
 from typing import Any
 
 
-def _train(config: Any, folder: Path) -> None:
+def _train(config: Any, folder: Path) -> int:
     rank = int(os.environ["RANK"])
-    (folder / f"rank{rank}").write_text(f"{os.getpid()} {os.environ['OMP_NUM_THREADS']}")
     from counterflow.comm import CommError
+    from counterflow.launch.life.stop import StopRequests
+    from counterflow.launch.life.watchdog import Watchdog
+    from counterflow.launch.world import Place
 
-    match os.environ["STUB"]:
+    def where() -> str:
+        return f"rank {rank}, step 7"
+
+    # As the real one does.
+    checkpoint, place = config.checkpoint, Place.of()
+    limit_s = config.run.timeout_s * 1.1 + 5
+    with (
+        StopRequests(where, graceful=checkpoint.enabled, grace_s=checkpoint.grace_s) as requests,
+        Watchdog(where, place, limit_s=limit_s) as watchdog,
+    ):
+        try:
+            return _behave(config, folder, rank, requests)
+        except CommError as error:
+            if watchdog.report(str(error), error.peers):
+                os._exit(1)
+            raise
+
+
+def _behave(config: Any, folder: Path, rank: int, requests: Any) -> int:
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    world = int(os.environ["WORLD_SIZE"])
+    (folder / f"rank{rank}").write_text(f"{os.getpid()} {os.environ['OMP_NUM_THREADS']}")
+    with (folder / f"starts{rank}").open("a") as starts:  # last: others look for it
+        starts.write(f"{attempt}\n")
+    behaviour = os.environ["STUB"]
+    if behaviour.startswith("once "):
+        behaviour = behaviour.removeprefix("once ") if attempt == 0 else "return"
+    match behaviour:
         case "wait":
+            while requests.signal is None:
+                time.sleep(0.01)
+            if rank == 0:
+                (folder / "stopped.json").write_text("{}")
+        case "hang":
             time.sleep(120)
         case "refuse":
             raise ValueError(f"stage {config.train.steps} is a view")
+        case "refuse one" if rank == 1:
+            raise ValueError("stage 7 is a view")
         case "die" if rank == 1:
-            while not (folder / "rank0").exists():  # torchrun would end it before it has begun
-                time.sleep(0.01)
+            _await_starts(folder, world, attempt)
             os.kill(os.getpid(), 9)
-        case "die":
+        case "die" | "refuse one":
             time.sleep(120)
         case "abort" if rank == 1:
+            _await_starts(folder, world, attempt)
             os.kill(os.getpid(), 9)
         case "abort":  # as a communication library may when its peer is gone
-            while not (folder / "rank1").exists() or _alive(int(_first(folder / "rank1"))):
+            _await_starts(folder, world, attempt)
+            while _alive(int(_first(folder / "rank1"))):
                 time.sleep(0.001)
             os.abort()
         case "lose":
+            from counterflow.comm import CommError
+
             atexit.register(os.abort)
             raise CommError(f"rank {rank}, step 7: a peer is gone")
         case "break":
             raise RuntimeError("a bug")
+    return 0
+
+
+def _await_starts(folder: Path, world: int, attempt: int) -> None:
+    """Until every rank has begun this attempt: the launcher would end one before it has."""
+
+    def begun(rank: int) -> bool:
+        try:
+            return (folder / f"starts{rank}").read_text().split()[-1] == str(attempt)
+        except (FileNotFoundError, IndexError):
+            return False
+
+    while not all(begun(rank) for rank in range(world)):
+        time.sleep(0.01)
 
 
 def _first(file: Path) -> str:

@@ -1,0 +1,196 @@
+"""The machines of a run: how their agents meet, and what they tell each other.
+
+Each machine has one agent, which starts its ranks and sees them end. The agents share a store that
+node 0's holds; the ranks meet there too. All agents start their ranks the same number of times: an
+attempt is over for all as soon as it is for one, and begins for all together.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from ..settings import ConfigError
+from .alarm import Lifeline
+
+_RETRY_S = 0.1
+_SHOWN = 8
+_LEAVE_S = 10.0  # node 0 holds the store for the others this long at most
+_STORE_S = 30.0  # limit of one question to the store
+
+
+class Nodes(NamedTuple):
+    """This machine's place among those of a run.
+
+    Attributes:
+        num_nodes, node_rank: the ranks of node 0 come first, and so on.
+        master_addr: node 0, as the others reach it.
+        run_id: tells this run from another one at the same address.
+    """
+
+    num_nodes: int
+    node_rank: int
+    master_addr: str
+    run_id: str = "counterflow"
+
+
+class NodeError(RuntimeError):
+    """Another machine has not come, or is gone."""
+
+
+class Report(NamedTuple):
+    """What one node tells of an attempt that is over.
+
+    Attributes:
+        failed: by rank: exit status, negative for a signal, and when, for comparing.
+        asked: whether this node was asked to stop.
+    """
+
+    failed: dict[int, tuple[int, float]]
+    asked: bool
+
+
+class Council:
+    """The agents' common store, as one of them uses it.
+
+    Args:
+        nodes: this machine's place.
+        port: where node 0 listens.
+        limit_s: how long to wait for the other machines to come, seconds.
+
+    Attributes:
+        store: of the ranks too.
+
+    Raises:
+        ConfigError: node 0 cannot listen at the port, or its name is not known.
+        NodeError: not all machines have come in time.
+    """
+
+    def __init__(self, nodes: Nodes, port: int, *, limit_s: float) -> None:
+        self.nodes, self.port = nodes, port
+        self._lifeline: Lifeline | None = None
+        if nodes.node_rank:
+            self._lifeline = self._reach(limit_s)
+        try:
+            self.store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+                nodes.master_addr,
+                port,
+                is_master=nodes.node_rank == 0,
+                timeout=timedelta(seconds=_STORE_S),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+        except dist.DistNetworkError as error:  # someone took the port after we looked
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"run.port={port} cannot be used: {reason}") from None
+        self._own = dist.PrefixStore(  # pyright: ignore[reportPrivateImportUsage]
+            f"agents/{nodes.run_id}", self.store
+        )
+        self._await_all("come", limit_s, "has not come to {where} within {limit:g} s")
+
+    def check(self) -> None:
+        """Raises:
+        NodeError: node 0 is gone, and the store with it.
+        """
+        if self._lifeline is not None and self._lifeline.broken():
+            raise NodeError(f"node 0 ({self.nodes.master_addr}) is gone")
+
+    def end_attempt(self, attempt: int, *, mistake: bool) -> int:
+        """Tell all that this attempt is over; how many had told so before."""
+        self.check()
+        if mistake:
+            self._own.set(f"{attempt}/mistake", "")
+        return self._own.add(f"{attempt}/over", 1) - 1
+
+    def is_mistake(self, attempt: int) -> bool:
+        """Whether an attempt is over because of what starting again cannot mend."""
+        return self._own.check([f"{attempt}/mistake"])
+
+    def is_over(self, attempt: int) -> bool:
+        """Whether somebody has ended this attempt."""
+        self.check()
+        return self._own.add(f"{attempt}/over", 0) > 0
+
+    def all_done(self, attempt: int, word: str | None) -> str | None:
+        """Tell once, by `word`, that this node's ranks have ended well.
+
+        Returns:
+            Node 0's word when all nodes have told so, else None.
+        """
+        self.check()
+        if word is not None:
+            self._own.set(f"{attempt}/done/{self.nodes.node_rank}", word)
+            self._own.add(f"{attempt}/done", 1)
+        if self._own.add(f"{attempt}/done", 0) < self.nodes.num_nodes:
+            return None
+        return self._own.get(f"{attempt}/done/0").decode()
+
+    def exchange(self, attempt: int, report: Report, limit_s: float) -> list[Report]:
+        """Every node's report of an attempt that is over.
+
+        Raises:
+            NodeError: not all came within the limit.
+        """
+        text = json.dumps([list(report.failed.items()), report.asked])
+        self._own.set(f"{attempt}/report/{self.nodes.node_rank}", text)
+        self._await_all(f"{attempt}/reports", limit_s, "gave no answer within {limit:g} s")
+        found: list[Report] = []
+        for node in range(self.nodes.num_nodes):
+            failed, asked = json.loads(self._own.get(f"{attempt}/report/{node}"))
+            found.append(Report({r: (status, when) for r, (status, when) in failed}, asked))
+        return found
+
+    def close(self) -> None:
+        """Node 0 lets the others read what they need before its store goes."""
+        try:
+            self.check()
+            self._own.add("left", 1)
+            if self.nodes.node_rank == 0:
+                end = time.monotonic() + _LEAVE_S
+                while self._own.add("left", 0) < self.nodes.num_nodes and time.monotonic() < end:
+                    time.sleep(_RETRY_S / 2)
+        except (NodeError, RuntimeError):  # gone already
+            pass
+        if self._lifeline is not None:
+            self._lifeline.close()
+
+    def _await_all(self, key: str, limit_s: float, late: str) -> None:
+        nodes = self.nodes
+        host = socket.gethostname()
+        self.check()
+        self._own.set(f"{key}/{nodes.node_rank}", host)
+        self._own.add(key, 1)
+        end = time.monotonic() + limit_s
+        while self._own.add(key, 0) < nodes.num_nodes:
+            if time.monotonic() > end:
+                missing = [n for n in range(nodes.num_nodes) if not self._own.check([f"{key}/{n}"])]
+                where = f"{nodes.master_addr}:{self.port}"
+                raise NodeError(f"{_name(missing)} {late.format(where=where, limit=limit_s)}")
+            time.sleep(_RETRY_S)
+            self.check()
+
+    def _reach(self, limit_s: float) -> Lifeline:
+        """Wait until node 0 listens: torch's own wait logs pages of C++ frames."""
+        address, end = self.nodes.master_addr, time.monotonic() + limit_s
+        while True:
+            try:
+                return Lifeline(address, self.port)
+            except OSError as error:
+                if time.monotonic() > end:
+                    why = error.strerror or error
+                    raise NodeError(
+                        f"node 0 cannot be reached at {address}:{self.port} within {limit_s:g} s: "
+                        f"{why}"
+                    ) from None
+            time.sleep(_RETRY_S)
+
+
+def _name(nodes: Sequence[int]) -> str:
+    listed = ", ".join(map(str, nodes[:_SHOWN])) + (", ..." if len(nodes) > _SHOWN else "")
+    return f"node {listed}" if len(nodes) == 1 else f"nodes {listed}"
