@@ -1,7 +1,7 @@
-"""`counterflow doctor`: what this machine has, and where the ranks of a launch are.
+"""`counterflow doctor`: what this machine has, where the ranks of a launch are, what is wrong.
 
 Started as one process it describes this machine. Started by torchrun, mpirun or srun as several,
-rank 0 also tells where every rank is, and the others print nothing.
+rank 0 also tells where every rank is and what does not fit, and the others print nothing.
 """
 
 from __future__ import annotations
@@ -22,53 +22,82 @@ from ..comm.topology import (
     rank_told,
 )
 from .doctor_facts import find_facts
+from .doctor_look import Looked, leave_status, look, measuring_device, with_preflight
+from .doctor_options import DoctorOptions
 from .doctor_print import as_json, print_facts
-from .doctor_ranks import topology_of_ranks
+from .doctor_ranks import met
+from .life.status import DONE, FAILED, MISTAKE
+from .preflight.baseline import BaselineError
+from .preflight.finding import status_of
+from .preflight.run import tell
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Print the facts, as one JSON object or as tables.
+    """Print what was found, as one JSON object or as tables.
 
     Args:
-        parsed: `json`, and `timeout_s`, the limit of each wait for other ranks, seconds.
+        parsed: see `doctor_options`.
 
     Returns:
-        The exit status. Where ranks did not answer within the limit, or the environment is wrong,
-        that is printed with the facts, and the process ends with 1 instead.
+        The exit status, the same on every rank: DONE; BAD_NODE where a node is unfit; MISTAKE where
+        a configuration is. Where ranks did not answer within the limit, or the environment is
+        wrong, that is printed with the facts, and the process ends with FAILED instead.
 
     Raises:
-        ValueError: a limit that is none.
+        ValueError: options that cannot be, or a configuration that does not fit together.
     """
+    options = DoctorOptions.of(parsed)
     environ = dict(os.environ)
-    if not parsed.timeout_s > 0:
-        raise ValueError(f"--timeout-s {parsed.timeout_s:g} is no time to wait; give seconds")
+    config = None
+    if options.config is not None:
+        from .check import check_sizes
+        from .config import load
+
+        config = load(options.config)
+        check_sizes(config)
+        options = with_preflight(options, config)
     gpus = find_gpus()
     place: ProcessPlace | None = None
     topology: Topology | None = None
-    problem = ""
+    looked, problem, status = Looked(), "", FAILED
     try:
-        place = place_of_process(environ, timeout_s=parsed.timeout_s)
+        place = place_of_process(environ, timeout_s=options.timeout_s)
         device = device_of_rank(place.local_rank, gpus, environ.get("CUDA_VISIBLE_DEVICES"))
-        topology = topology_of_ranks(place, device, environ, timeout_s=parsed.timeout_s)
+        measures_on, backend = "cpu", None
+        if options.bandwidth and place.world_size > 1:
+            measures_on = measuring_device(place, config)
+            backend = "cpu:gloo,cuda:nccl" if measures_on == "cuda" else "gloo"
+        with met(place, device, environ, timeout_s=options.timeout_s, backend=backend) as ranks:
+            topology = ranks.topology
+            looked = look(options, config, place, ranks, gpus, environ, measures_on)
+    except BaselineError as error:
+        problem, status = str(error), MISTAKE
     except (CommError, ValueError) as error:
         problem = str(error)
     except Exception as error:  # a broken torch or MPI: what the doctor is asked about
         problem = f"{type(error).__name__}: {error}"
     rank = place.rank if place else rank_told(environ)
     if not rank:  # one whose rank nobody knows may be the only one
-        facts = find_facts(place, gpus, topology or problem, environ)
-        if parsed.json:
-            print(json.dumps(as_json(facts)))
+        if options.preflight:
+            tell(looked.findings, environ)
         else:
-            print_facts(facts)
+            facts = find_facts(place, gpus, topology or problem, environ, looked=looked)
+            if options.json:
+                print(json.dumps(as_json(facts)))
+            else:
+                print_facts(facts)
     if problem:
-        _end(problem)
-    return 0
+        _end(problem, status)
+    status = status_of(looked.findings)
+    if options.status_to is not None:
+        leave_status(options.status_to, status)
+        return DONE
+    return status
 
 
-def _end(problem: str) -> NoReturn:
+def _end(problem: str, status: int) -> NoReturn:
     """End this process at once: at the interpreter's own exit MPI and gloo wait for peers."""
     print(f"counterflow: error: {problem}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(status)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +29,8 @@ from ..comm.topology import (
     nearest_nics,
     pci_place,
 )
+from .doctor_look import Looked
+from .preflight.environment import RULES
 
 # Module, and the package that brings it.
 _OPTIONAL = (
@@ -62,8 +64,9 @@ _MARK = "counterflow found "
 _ANSWER = f"\nimport json; print('\\n{_MARK}' + json.dumps(found), flush=True)"
 _IMPORT_LIMIT_S = 120.0
 
-# Variables that change how a run communicates or computes: names, and beginnings of names.
-_VARIABLES = (
+# Variables that change how a run communicates or computes: names, and beginnings of names. Beside
+# these all that `preflight.environment` knows to hurt.
+_VARIABLES = {
     "CUDA_DEVICE_MAX_CONNECTIONS",
     "CUDA_DEVICE_ORDER",
     "CUDA_VISIBLE_DEVICES",
@@ -71,7 +74,8 @@ _VARIABLES = (
     "OMP_NUM_THREADS",
     "MASTER_ADDR",
     "MASTER_PORT",
-)
+    *(rule.name for rule in RULES),
+}
 _BEGINNINGS = ("NCCL_", "TORCH_NCCL_", "NVSHMEM_")
 # Shown as not set where they are not: their defaults are seldom what a run wants.
 _EXPECTED = ("CUDA_DEVICE_MAX_CONNECTIONS", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS")
@@ -108,6 +112,7 @@ class Facts:
         libraries: torch, what torch brings, and the optional ones.
         environment: variables that matter, None where not set.
         topology: of all ranks, or why they could not be gathered.
+        looked: what was found wrong, and measured.
     """
 
     host: Host
@@ -119,6 +124,7 @@ class Facts:
     libraries: tuple[Library, ...]
     environment: Mapping[str, str | None]
     topology: Topology | str
+    looked: Looked = field(default_factory=Looked)
 
     @property
     def torch(self) -> str | None:
@@ -132,6 +138,7 @@ def find_facts(
     topology: Topology | str,
     environ: Mapping[str, str],
     root: Path = Path("/"),
+    looked: Looked | None = None,
 ) -> Facts:
     """Look at the machine whose files are under `root`; the rest has been found out before."""
     nics = find_nics(root)
@@ -146,6 +153,7 @@ def find_facts(
         libraries=find_libraries(),
         environment=variables_that_matter(environ),
         topology=topology,
+        looked=looked or Looked(),
     )
 
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..comm.topology import Gpu, NearestNics, Nic, ProcessPlace, Topology
 from ..comm.topology.pci import Nearness
 from .doctor_facts import Facts, Library
+from .doctor_look import Looked
+from .preflight.finding import Finding, grouped, lines
 from .tables import print_table
+
+if TYPE_CHECKING:
+    from .preflight.measured import Line, Measured
+    from .preflight.memory import MemoryEstimate
 
 _HOW_NEAR: dict[Nearness, str] = {
     "switch": "same PCI switch",
@@ -52,6 +58,7 @@ def as_json(facts: Facts) -> dict[str, Any]:
         },
         "environment": dict(facts.environment),
         "topology": _topology_as_json(facts.topology),
+        **_looked_as_json(facts.looked),
     }
 
 
@@ -83,7 +90,13 @@ def sections(facts: Facts) -> list[Section]:
             [(n, "not set" if v is None else v) for n, v in facts.environment.items()],
         ),
     ]
-    return [*found, _topology_section(facts.topology)]
+    looked = facts.looked
+    found.append(_topology_section(facts.topology))
+    if looked.measured is not None:
+        found.append(_bandwidth_section(looked.measured))
+    if looked.estimate is not None:
+        found.append(_memory_section(looked.estimate))
+    return [*found, _findings_section(looked.findings)]
 
 
 def print_facts(facts: Facts) -> None:
@@ -182,6 +195,68 @@ def _topology_section(topology: Topology | str) -> Section:
     ]
     head = ("rank", "node", "in-node index", "host", "device")
     return Section(f"Ranks: {counts}", head, rows, topology.notes)
+
+
+def _bandwidth_section(measured: Measured) -> Section:
+    """As nccl-tests prints it: a row for each size, of several nodes or pairs the slowest."""
+    rows: list[tuple[str, ...]] = []
+    groups: dict[tuple[str, str, int], list[Line]] = {}
+    for line in measured.lines:
+        groups.setdefault((line.where, line.collective, line.num_bytes), []).append(line)
+    for (where, collective, num_bytes), alike in groups.items():
+        slowest = min(alike, key=lambda line: line.busbw)
+        rows.append(
+            (
+                {"node": "in a node", "pair": "between two", "all": "all nodes"}[where],
+                collective.replace("_", "-"),
+                str(slowest.num_ranks),
+                str(num_bytes),
+                f"{slowest.seconds * 1e6:.0f}",
+                f"{slowest.algbw:.3g}",
+                f"{slowest.busbw:.3g}",
+                ", ".join(slowest.nodes) if len(alike) > 1 else "",
+            )
+        )
+    head = ("where", "collective", "ranks", "bytes", "us", "algbw", "busbw", "slowest of several")
+    return Section(f"Bandwidth by {measured.backend}, GB/s", head, rows)
+
+
+def _memory_section(estimate: MemoryEstimate) -> Section:
+    """A column for each part; pipeline ranks that take the same are one row."""
+    ranks: dict[tuple[int, ...], list[int]] = {}
+    for pp_rank, rank in enumerate(estimate.ranks):
+        ranks.setdefault((*rank.parts.values(), rank.host), []).append(pp_rank)
+    rows: list[tuple[str, ...]] = []
+    for sizes, alike in ranks.items():
+        *parts, host = sizes
+        texts = (f"{size / 2**30:.3g}" for size in (*parts, sum(parts), host))
+        rows.append((", ".join(map(str, alike)), *texts))
+    names = list(estimate.ranks[0].parts)
+    head = ("pipeline rank", *names, "sum", "average, in CPU memory")
+    where = "a GPU's memory" if estimate.device == "cuda" else "the CPU's memory"
+    notes = ("parameters, gradients and optimizer are exact, the rest is estimated",)
+    return Section(f"What the run takes of {where} at most, GiB", head, rows, notes)
+
+
+def _findings_section(findings: Sequence[Finding]) -> Section:
+    told = lines(findings)
+    if told:
+        return Section("Findings", (), (), told)
+    checked = ", ".join(dict.fromkeys(f.check for f in findings)) or "no check was made"
+    return Section(f"Findings: nothing wrong ({checked})", (), ())
+
+
+def _looked_as_json(looked: Looked) -> dict[str, Any]:
+    measured, estimate = looked.measured, looked.estimate
+    memory = None
+    if estimate is not None:
+        ranks = [{**asdict(rank), "total": rank.total} for rank in estimate.ranks]
+        memory = {"device": estimate.device, "worst": estimate.worst, "ranks": ranks}
+    return {
+        "findings": [group._asdict() for group in grouped(looked.findings)],
+        "bandwidth": None if measured is None else asdict(measured),
+        "memory": memory,
+    }
 
 
 def _gpu_as_json(gpu: Gpu, nearest: NearestNics) -> dict[str, Any]:

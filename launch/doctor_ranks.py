@@ -3,27 +3,53 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
 
 from ..comm.topology import ProcessPlace, Seat, Topology, gather_topology, this_machine
 from ..comm.topology.mpi import gather_in_mpi, load_mpi
+from .preflight.together import Gather
+from .slurm.hostlist import parse_hostlist
+from .torchrun import free_port
 from .world import Place, joined
+
+T = TypeVar("T")
 
 # Below the ports that Linux gives to outgoing connections (from 32768).
 _FIRST_PORT, _NUM_PORTS = 20000, 12000
 
 
-def topology_of_ranks(
-    place: ProcessPlace, device: str, environ: Mapping[str, str] = os.environ, *, timeout_s: float
-) -> Topology:
-    """The topology of all ranks that were started with this one; a collective of them.
+class Ranks(NamedTuple):
+    """All ranks of a launch, come together.
+
+    Attributes:
+        topology: where they are.
+        gather: gives every rank the values of all.
+    """
+
+    topology: Topology
+    gather: Gather
+
+
+@contextmanager
+def met(
+    place: ProcessPlace,
+    device: str,
+    environ: Mapping[str, str] = os.environ,
+    *,
+    timeout_s: float,
+    backend: str | None = None,
+) -> Iterator[Ranks]:
+    """All ranks that were started with this one; entering is a collective of them.
 
     Args:
         place: this process's.
         device: what it is to compute on.
         environ: its environment.
         timeout_s: limit of each wait for the others, seconds.
+        backend: of torch.distributed, which is then up within the context; None: it need not be.
 
     Raises:
         ValueError: the environment does not tell where the ranks meet, or MPI cannot be asked.
@@ -31,14 +57,55 @@ def topology_of_ranks(
     """
     seat = Seat(place, this_machine(), device)
     if place.world_size == 1:
-        return Topology.of([seat])
+        yield Ranks(Topology.of([seat]), _alone)
+        return
     if place.source == "mpi":
         mpi = load_mpi(place.rank, place.world_size)
-        what = "tell their hosts and devices"
-        return Topology.of(gather_in_mpi(mpi, seat, what, timeout_s=timeout_s))
+
+        def ask(value: T, what: str) -> list[T]:
+            return gather_in_mpi(mpi, value, what, timeout_s=timeout_s)
+
+        topology = Topology.of(ask(seat, "tell their hosts and devices"))
+        if backend is None:
+            yield Ranks(topology, ask)
+            return
+        meeting = _meeting_in_mpi(place, ask)
+        with joined(meeting, backend, timeout_s=timeout_s):
+            yield Ranks(topology, ask)
+        return
     meeting = Place.of(environ) if place.source != "slurm" else meeting_of_step(place, environ)
-    with joined(meeting, "gloo", timeout_s=timeout_s):
-        return gather_topology(environ=environ, device=device, timeout_s=timeout_s)
+    with joined(meeting, backend or "gloo", timeout_s=timeout_s):
+        yield Ranks(
+            gather_topology(environ=environ, device=device, timeout_s=timeout_s), _among_all
+        )
+
+
+def topology_of_ranks(
+    place: ProcessPlace, device: str, environ: Mapping[str, str] = os.environ, *, timeout_s: float
+) -> Topology:
+    """The topology of all ranks that were started with this one; as `met`."""
+    with met(place, device, environ, timeout_s=timeout_s) as ranks:
+        return ranks.topology
+
+
+def _alone(value: T, what: str) -> list[T]:  # noqa: ARG001  one of several that gather
+    return [value]
+
+
+def _among_all(value: T, what: str) -> list[T]:
+    import torch.distributed as dist
+
+    from ..comm.collectives import gather
+
+    return gather(value, dist.group.WORLD, f"all ranks to {what}")
+
+
+def _meeting_in_mpi(place: ProcessPlace, ask: Gather) -> Place:
+    """Rank 0's host, and a port that is free there."""
+    mine = (socket.gethostname(), free_port(0) if place.rank == 0 else 0)
+    host, port = ask(mine, "tell where to meet")[0]
+    told = {"RANK": str(place.rank), "WORLD_SIZE": str(place.world_size)}
+    return Place.of(told | {"MASTER_ADDR": host, "MASTER_PORT": str(port)})
 
 
 def meeting_of_step(place: ProcessPlace, environ: Mapping[str, str]) -> Place:
@@ -75,12 +142,11 @@ def first_host(hostlist: str) -> str:
     """The first host of a list as Slurm writes it: "rack[1-2]n[01-04],x9" is "rack1n01".
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the list is written otherwise.
     """
-    found = re.match(r"(?:[^\[\],]|\[[^\]]*\])+", hostlist)
-    if found is None:
+    if not hostlist:
         raise ValueError(
             f"SLURM_STEP_NODELIST={hostlist!r} names no host where the ranks could meet; export "
             "MASTER_ADDR, the host of rank 0"
         )
-    return re.sub(r"\[([0-9]+)[^\]]*\]", r"\1", found[0])
+    return parse_hostlist(hostlist, "SLURM_STEP_NODELIST")[0]

@@ -182,7 +182,7 @@ def test_where_ranks_do_not_come_the_facts_are_printed_and_the_process_ends_at_o
     def nobody(*_: object, **__: object) -> Topology:
         raise error
 
-    monkeypatch.setattr(doctor, "topology_of_ranks", nobody)
+    monkeypatch.setattr(doctor, "met", nobody)
     monkeypatch.setattr(doctor_facts, "find_libraries", lambda: (Library("torch", "0", None),))
     monkeypatch.setattr(os, "_exit", sys.exit)
     for rank in ("0", "1"):
