@@ -38,15 +38,18 @@ __all__ = [
 WIDTH_IN = 10.0
 _DPI = 120  # of bitmaps
 _LABEL_POINTS = 6.5
+# Under the losses, each where the run has it, with its unit.
+_BELOW = (
+    ("tokens_per_second", "tokens / s"),
+    ("mfu", "MFU"),
+    ("exposed_comm_percent", "exposed\nwaits, %"),
+    ("max_vio", "MaxVio"),
+)
 
 
 def loss_figure(run: RunData) -> Figure:
-    """Losses over the steps with the unigram entropy, and tokens per second and MaxVio below."""
-    below = [
-        (key, label)
-        for key, label in (("tokens_per_second", "tokens / s"), ("max_vio", "MaxVio"))
-        if series(run.train, key)[0]
-    ]
+    """Losses over the steps with the unigram entropy; speed, exposed waits and balance below."""
+    below = [(key, label) for key, label in _BELOW if series(run.train, key)[0]]
     height = 4.2 + 1.5 * len(below)
     figure = Figure(figsize=(WIDTH_IN, height), dpi=_DPI, layout="constrained")
     panels = figure.subplots(

@@ -25,7 +25,14 @@ class Progress:
         self._begun: tuple[float, int] | None = None  # when, and the step that had ended then
 
     def update(
-        self, step: int, *, loss: float, lr: float, tokens_per_second: float, grad_norm: float
+        self,
+        step: int,
+        *,
+        loss: float,
+        lr: float,
+        tokens_per_second: float,
+        grad_norm: float,
+        mfu: float | None = None,
     ) -> None:
         """Say that `step` (from 1) has ended.
 
@@ -34,11 +41,14 @@ class Progress:
             lr: of this step.
             tokens_per_second: of all ranks together.
             grad_norm: before clipping.
+            mfu: model FLOPs utilisation, 0 to 1; None where it is not known.
         """
         text = (
             f"loss {loss:.4f}  lr {lr:.2e}  grad norm {grad_norm:.3f}  "
             f"{tokens_per_second:,.0f} tokens/s"
         )
+        if mfu is not None:
+            text = f"{text}  MFU {mfu:.1%}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
         elif step % self._log_every == 0 or step == self._steps or self._begun is None:

@@ -163,14 +163,24 @@ def _loss_section(run: RunData, picture: str) -> str:
     if speeds:
         speed = (
             f"<p>Tokens per second: median {_show(median(speeds))}, "
-            f"lowest {_show(min(speeds))}, highest {_show(max(speeds))}.</p>"
+            f"lowest {_show(min(speeds))}, highest {_show(max(speeds))}.{_shares(run)}</p>"
         )
     return (
         "<h2>Loss and speed</h2>\n"
-        + _figure(picture, "Loss by step, with the unigram entropy; tokens per second below")
+        + _figure(picture, "Loss by step, with the unigram entropy; speed and balance below")
         + speed
         + _details("Validation losses", _table(("step", "loss, nats per token"), rows), rows)
     )
+
+
+def _shares(run: RunData) -> str:
+    """What the GPUs' peak was used for, and what of a step was waiting, where it was measured."""
+    _, used = series(run.train, "mfu")
+    _, exposed = series(run.train, "exposed_comm_percent")
+    text = f" Model FLOPs utilisation: median {median(used):.1%}." if used else ""
+    if exposed:
+        text += f" Rank 0 waited for other ranks in {median(exposed):.1f} % of a step (median)."
+    return text
 
 
 def _timeline_section(timeline: Timeline | None, picture: str) -> str:

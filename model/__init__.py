@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from .config import ModelConfig, Yarn
     from .counts import num_active_parameters, num_parameters
     from .deepseek import DeepSeekV3, build_parts
-    from .hf import CheckpointError, load_hf, save_hf, write_index, write_shard
+    from .hf import CheckpointError, load_hf
+    from .hf_write import save_hf, write_index, write_shard
     from .names import hf_grads, hf_shapes, hf_tensors
     from .router import updated_bias
     from .stages import Part, partition, shared_parameters
@@ -30,11 +31,11 @@ _HOMES = {
     "num_active_parameters": "counts",
     "num_parameters": "counts",
     "partition": "stages",
-    "save_hf": "hf",
+    "save_hf": "hf_write",
     "shared_parameters": "stages",
     "updated_bias": "router",
-    "write_index": "hf",
-    "write_shard": "hf",
+    "write_index": "hf_write",
+    "write_shard": "hf_write",
 }
 __all__ = [
     "CheckpointError",

@@ -12,7 +12,7 @@ and for multi-token prediction, whose published layers hold copies of embedding 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,42 @@ def hf_grads(part: DeepSeekV3) -> Iterator[tuple[str, Tensor | None]]:
                 yield view_name, None
         else:
             yield from _views(name, parameter.grad, experts)
+
+
+class Place(NamedTuple):
+    """Where a Hugging Face tensor lies: elements of one of ours, whole and flattened.
+
+    Attributes:
+        name: of our parameter or buffer.
+        is_buffer: which of them it is.
+        offset: of the first element.
+        shape: of the Hugging Face tensor, whose elements follow each other there.
+        whole: shape of ours.
+    """
+
+    name: str
+    is_buffer: bool
+    offset: int
+    shape: tuple[int, ...]
+    whole: tuple[int, ...]
+
+
+def hf_places(config: ModelConfig) -> dict[str, Place]:
+    """Where every tensor of a model's checkpoint lies, by Hugging Face name; without the copies."""
+    from .deepseek import DeepSeekV3
+
+    model = DeepSeekV3(config, device=torch.device("meta"))
+    parameters = dict(model.named_parameters())
+    found: dict[str, Place] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in parameters:
+            for hf_name, view in _views(name, tensor.detach(), range(config.n_routed_experts)):
+                assert view.is_contiguous()
+                shapes = tuple(view.shape), tuple(tensor.shape)
+                found[hf_name] = Place(name, False, int(view.storage_offset()), *shapes)
+        elif not isinstance(tensor, torch.nn.Parameter):
+            found[name] = Place(name, True, 0, tuple(tensor.shape), tuple(tensor.shape))
+    return found
 
 
 def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

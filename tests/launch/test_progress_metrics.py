@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from counterflow.launch.metrics import MetricsWriter
+from counterflow.launch.metrics_config import MetricsConfig
 from counterflow.launch.progress import Progress
+
+WITHOUT = MetricsConfig(tensorboard=False)
 
 
 class Terminal(io.StringIO):
@@ -36,6 +39,13 @@ def test_without_a_terminal_there_is_a_line_every_so_many_steps_and_for_first_an
     )
     assert "eta 0:00" in lines[-2]
     assert lines[-1] == "validation loss [2.0]"
+
+
+def test_mfu_is_shown_where_it_is_known() -> None:
+    stream = io.StringIO()
+    with Progress(1, stream=stream) as progress:
+        progress.update(1, loss=1.0, lr=1e-3, tokens_per_second=1e6, grad_norm=0.5, mfu=0.38937)
+    assert "1,000,000 tokens/s  MFU 38.9%" in stream.getvalue()
 
 
 def test_on_a_terminal_there_is_a_bar_and_notes_stay_whole() -> None:
@@ -78,6 +88,79 @@ def test_a_new_run_begins_its_metrics_anew(tmp_path: Path) -> None:
         with MetricsWriter(tmp_path) as writer:
             writer.write("train", 0, loss=1.0)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    if (tmp_path / "tensorboard").exists():
+        assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def steps(folder: Path) -> list[tuple[str, int, float]]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(line["kind"], line["step"], line["loss"]) for line in lines]
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
+    """Killed in the middle of a line, and gone on from a checkpoint before it."""
+    with MetricsWriter(tmp_path, WITHOUT) as writer:
+        for step in range(1, 8):
+            writer.write("train", step, loss=float(step))
+            if step == 4:
+                writer.write("validation", step, loss=0.5)
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(file.read_text() + '{"kind": "train", "step": 8, "lo')
+    with MetricsWriter(tmp_path, WITHOUT, resume_step=4) as writer:
+        assert steps(tmp_path)[-1] == ("validation", 4, 0.5)
+        for step in range(5, 10):
+            writer.write("train", step, loss=10.0 * step)
+    train = [(step, loss) for kind, step, loss in steps(tmp_path) if kind == "train"]
+    assert train == [(s, float(s)) for s in range(1, 5)] + [(s, 10.0 * s) for s in range(5, 10)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "half",
+    ['{"kind": "train", "step": 3, "loss": 3.0}', '{"kind": "tr', "\0\0\0", "[]\n", "3\n", ""],
+)
+def test_a_line_that_is_not_whole_is_dropped(half: str, tmp_path: Path) -> None:
+    good = '{"kind": "train", "step": 2, "loss": 2.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(good + half)
+    with MetricsWriter(tmp_path, WITHOUT, resume_step=10) as writer:
+        writer.write("train", 3, loss=4.0)
+    assert steps(tmp_path) == [("train", 2, 2.0), ("train", 3, 4.0)]
+
+
+def test_a_run_resumes_without_the_metrics_of_before(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path / "new", WITHOUT, resume_step=10) as writer:
+        writer.write("train", 11, loss=4.0)
+    assert steps(tmp_path / "new") == [("train", 11, 4.0)]
+
+
+def test_a_run_that_goes_back_forgets_what_came_after(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, WITHOUT) as writer:
+        for step in range(1, 6):
+            writer.write("train", step, loss=1.0)
+        writer.rewind(2)
+        assert [step for _, step, _ in steps(tmp_path)] == [1, 2]
+        writer.write("train", 3, loss=2.0)
+    assert steps(tmp_path)[2:] == [("train", 3, 2.0)]
+
+
+def test_tensorboard_shows_every_step_of_a_resumed_run_once(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resume_step, last, loss in ((None, 6, 1.0), (4, 8, 2.0)):
+        with MetricsWriter(tmp_path, resume_step=resume_step) as writer:
+            for step in range((resume_step or 0) + 1, last + 1):
+                writer.write("train", step, loss=loss)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert shown == [(s, 1.0) for s in range(1, 5)] + [(s, 2.0) for s in range(5, 9)]
+
+
+def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, WITHOUT) as writer:
+        writer.write("train", 1, loss=1.0)
+    assert not (tmp_path / "tensorboard").exists()
 
 
 def test_tensorboard_gets_the_numbers_where_it_is_installed(tmp_path: Path) -> None:

@@ -131,6 +131,30 @@ class Page(HTMLParser):
         return re.sub(r"\s+", " ", " ".join(self._texts))
 
 
+def test_mfu_and_waits_are_told_where_they_were_measured(tmp_path: Path) -> None:
+    lines = [
+        {"kind": "train", "step": step, "tokens_per_second": 1e3, **more}
+        for step, more in enumerate(
+            (
+                {"mfu": 0.3, "exposed_comm_percent": 10.0},
+                {"mfu": 0.389, "exposed_comm_percent": 12.5},
+                {"mfu": 0.5, "exposed_comm_percent": 30.0},
+            ),
+            start=1,
+        )
+    ]
+    write(tmp_path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    page = to_html(read_run(tmp_path), None)
+    assert "Model FLOPs utilisation: median 38.9%." in page
+    assert "Rank 0 waited for other ranks in 12.5 % of a step (median)." in page
+    unknown = [{**line, "mfu": None, "exposed_comm_percent": None} for line in lines]
+    write(tmp_path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in unknown))
+    page = to_html(read_run(tmp_path), None)
+    assert "Tokens per second: median" in page
+    assert "utilisation" not in page
+    assert "waited" not in page
+
+
 def test_the_page_holds_the_result_and_all_pictures(reported: Path, html: str) -> None:
     page = Page(html)
     assert [tag for tag, _ in page.tags].count("svg") == 3
