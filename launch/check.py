@@ -6,6 +6,7 @@ from ..model import partition
 from ..parallel.schedule import Schedule
 from .config import Config
 from .data import Corpus, open_corpus
+from .metrics_wandb import require_wandb
 from .overlap import check_overlap
 from .ramps import microbatches
 from .schedules import find_schedule
@@ -20,6 +21,8 @@ def check(config: Config) -> None:
         ValueError: one line that says what does not fit, and what would.
     """
     check_sizes(config)
+    if config.metrics.wandb:
+        require_wandb()
     _check_backend(config)
     _check_sms(config)
     open_data(config)
@@ -43,6 +46,7 @@ def check_sizes(config: Config) -> None:
             "float32; set train.dtype to bfloat16 (as DeepSeek-V3) or float32"
         )
     _check_deep_ep(config)
+    _check_deepspeed(config)
     schedules = step_schedules(config)
     stages = schedules[config.schedule.microbatches].num_stages
     try:
@@ -84,6 +88,24 @@ def _check_deep_ep(config: Config) -> None:
             f"dispatch.backend=deep_ep moves bfloat16, and train.dtype={config.train.dtype} would "
             "be rounded, which dispatch.payload=exact does not allow; set the payload to bf16 or "
             "fp8"
+        )
+
+
+def _check_deepspeed(config: Config) -> None:
+    """Raise if DeepSpeed's ZeRO-1 is asked for where it has nothing to share out, or cannot."""
+    if config.zero.backend != "deepspeed":
+        return
+    mesh = config.mesh
+    if config.zero.stage == 0 or mesh.dp == 1:
+        raise ConfigError(
+            f"zero.backend=deepspeed with zero.stage={config.zero.stage} and mesh.dp={mesh.dp}: "
+            "there is nothing to share out; set zero.stage to 1 and mesh.dp to 2 or more, or "
+            "zero.backend to counterflow"
+        )
+    if mesh.ep > 1:
+        raise ConfigError(
+            f"zero.backend=deepspeed with mesh.ep={mesh.ep}: it does not know experts that are "
+            "spread over ranks; set zero.backend to counterflow, or mesh.ep to 1"
         )
 
 

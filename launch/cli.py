@@ -9,19 +9,18 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from counterflow import __version__  # the root package is no room, so no relative import finds it
 
+from .convert_options import add_arguments as add_convert_arguments
+from .doctor_options import add_arguments as add_doctor_arguments
 from .profile_options import add_arguments as add_profile_arguments
 from .simulate_options import add_arguments as add_simulate_arguments
 from .traffic_options import add_arguments as add_traffic_arguments
 
 if TYPE_CHECKING:
     from .config import Config
-    from .world import Place
 
 _TRAIN_USAGE = "counterflow train [CONFIG.toml] [--profile STEPS] [--dotted.key VALUE ...]"
 _SHORT = {"profile": "profile.steps"}  # flags of `train` that stand for a key
@@ -43,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # train's keys are the configuration's, which argparse cannot know.
         if arguments[:1] == ["train"]:
             return _train(arguments[1:])
+        # What follows their `--` is train's.
+        if arguments[:1] == ["launch"]:
+            return _launch_command(arguments[1:])
+        if arguments[:1] == ["node"]:
+            return _node(arguments[1:])
         parsed = _parser().parse_args(arguments)
         return parsed.run(parsed)
     except ValueError as error:
@@ -69,6 +73,11 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="train a model", usage=_TRAIN_USAGE)
     train.set_defaults(run=None)  # for the list of commands; `main` parses its arguments
+    for name, doc in (
+        ("launch", "start a run on this machine, or as a job of Slurm"),
+        ("node", "start the ranks of one node of a Slurm job"),
+    ):
+        commands.add_parser(name, help=doc).set_defaults(run=None)
 
     simulate = commands.add_parser(
         "simulate", help="what a pipeline schedule costs, on any machine", allow_abbrev=False
@@ -96,18 +105,19 @@ def _parser() -> _Parser:
         "doctor",
         help="what this machine has, and where the ranks of a launch are",
         description="Tells what this machine has. Under torchrun, mpirun or srun rank 0 also tells "
-        "where every rank is.",
+        "where every rank is, and what does not fit. Exit status 76 where a node is unfit.",
         allow_abbrev=False,
     )
-    doctor.add_argument("--json", action="store_true", help="print one JSON object")
-    doctor.add_argument(
-        "--timeout-s",
-        type=float,
-        default=60.0,
-        metavar="S",
-        help="how long to wait for other ranks, seconds (default 60)",
-    )
+    add_doctor_arguments(doctor)
     doctor.set_defaults(run=_doctor)
+
+    convert = commands.add_parser(
+        "convert",
+        help="checkpoints into Hugging Face's layout and back; what one holds",
+        allow_abbrev=False,
+    )
+    add_convert_arguments(convert)
+    convert.set_defaults(run=_convert)
 
     report = commands.add_parser("report", help="write the report of a run again")
     report.add_argument("folder", metavar="runs/NAME")
@@ -121,25 +131,14 @@ def _train(arguments: list[str]) -> int:
         return 0
     path, overrides = split_arguments(arguments)
     from .config import load
+    from .slurm.started import place_variables
 
+    os.environ.update(place_variables())  # where srun or mpirun started this rank itself
     if "RANK" not in os.environ:
         return _launch(load(path, overrides))
-    from ..comm.errors import CommError
-    from .world import Place
+    from .rank import run_rank
 
-    place = Place.of(os.environ)
-    try:
-        return _rank(load(path, overrides), place)
-    except ValueError as error:
-        status = _fail(f"rank {place.rank}: {error}")
-    except CommError as error:  # names the rank itself
-        _fail(str(error))
-        status = 1
-    # At once: threads of the communication library may still be in a wait, and the interpreter's
-    # own exit then ends in SIGABRT.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    return run_rank(load(path, overrides))
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[str, str]]]:
@@ -172,57 +171,12 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[tuple[st
 def _launch(config: Config) -> int:
     """Check everything, then start the ranks with torchrun."""
     from .check import check
-    from .config import with_absolute_paths
-    from .folder import claim
-    from .torchrun import choose_device, free_port, num_gpus, set_threads, start
+    from .resume import require_resumable
+    from .start import start_here
 
     check(config)
-    nproc = config.run.nproc or config.mesh.world_size
-    port = free_port(config.run.port)
-    device = choose_device(config.run.device, nproc)
-    if device == "cpu" and config.run.device == "auto" and (gpus := num_gpus()):
-        print(
-            f"this machine has {gpus} GPU{'s' if gpus > 1 else ''} for {nproc} processes: training "
-            "on the CPU; a mesh of as many processes as GPUs trains on them"
-        )
-    set_threads(device, nproc)
-    with claim(config.run.path):
-        path = _write_config(with_absolute_paths(config))
-        return start(["train", str(path)], nproc=nproc, port=port)
-
-
-def _rank(config: Config, place: Place) -> int:
-    """One rank of a run, started by torchrun: by `_launch` or by a person."""
-    from .check import check_sizes
-    from .config import with_absolute_paths
-    from .folder import claim
-    from .torchrun import die_with_launcher
-
-    die_with_launcher()
-    config.mesh.require_world_size(place.world_size)
-    check_sizes(config)
-    with ExitStack() as held:
-        if place.rank == 0:
-            held.enter_context(claim(config.run.path))
-            _write_config(with_absolute_paths(config))
-        from .trainer import train
-
-        train(config, config.run.path)
-    return 0
-
-
-def _write_config(config: Config) -> Path:
-    """Write the whole configuration into the run's folder, unless it is there already."""
-    from .settings import to_toml
-
-    path = config.run.path / "config.toml"
-    text = to_toml(config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        part = path.with_name("config.toml.part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)  # at once: another rank may be reading it
-    return path
+    require_resumable(config)
+    return start_here(config)
 
 
 def _train_help() -> str:
@@ -242,6 +196,18 @@ def _train_help() -> str:
         lines.append(f"  --{row.key} = {row.default}" if row.default else f"  --{row.key}")
         lines.append(f"      {row.type}: {row.doc}")
     return "\n".join(lines)
+
+
+def _launch_command(arguments: list[str]) -> int:
+    from .slurm.command import run
+
+    return run(arguments)
+
+
+def _node(arguments: list[str]) -> int:
+    from .slurm.node import run
+
+    return run(arguments)
 
 
 def _simulate(parsed: argparse.Namespace) -> int:
@@ -264,6 +230,12 @@ def _traffic(parsed: argparse.Namespace) -> int:
 
 def _doctor(parsed: argparse.Namespace) -> int:
     from .doctor import run
+
+    return run(parsed)
+
+
+def _convert(parsed: argparse.Namespace) -> int:
+    from .convert_command import run
 
     return run(parsed)
 

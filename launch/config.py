@@ -372,13 +372,19 @@ def load(path: str | Path | None = None, overrides: Iterable[tuple[str, str]] = 
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The same run, its schedule file and data found from whatever directory it is started in."""
+    """The same run, its files found from whatever directory it is started in."""
     schedule, data = config.schedule, config.data
+    checkpoint, preflight = config.checkpoint, config.preflight
     if schedule.name not in names() and Path(schedule.name).exists():
         schedule = replace(schedule, name=str(Path(schedule.name).absolute()))
     if data.path:
         data = replace(data, path=str(Path(data.path).absolute()))
-    return replace(config, schedule=schedule, data=data)
+    if checkpoint.weights:
+        weights = str(Path(checkpoint.weights).absolute())
+        checkpoint = replace(checkpoint, weights=weights)
+    if preflight.baseline:
+        preflight = replace(preflight, baseline=str(Path(preflight.baseline).absolute()))
+    return replace(config, schedule=schedule, data=data, checkpoint=checkpoint, preflight=preflight)
 
 
 def rows() -> list[Row]:

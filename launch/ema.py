@@ -26,6 +26,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..parallel.zero import Sharing
+from .checkpoint.pieces import Held, Piece
+
 _log = logging.getLogger(__name__)
 
 # Elements that are averaged at a time: both operands fit a core's cache.
@@ -46,10 +49,15 @@ class EMA:
         named_parameters: the model's.
         decay: above 0 and below 1; the average reaches back some 1 / (1 - decay) updates.
         masters: what is averaged in the stead of a parameter, by name: its float32 master.
+        shards: of the parameters where those given here are this rank's shares (ZeRO-1): averages
+            are of shares too then, and `swapped` brings those of all ranks into the model.
         timeout_s: limit of every wait for the thread, seconds.
 
     Raises:
         ValueError: a decay out of range, a master of no parameter, or several devices.
+
+    Attributes:
+        num_updates: how many there have been; to be set when averages were loaded into `pieces`.
     """
 
     def __init__(
@@ -58,6 +66,7 @@ class EMA:
         decay: float,
         *,
         masters: Mapping[str, Tensor] | None = None,
+        shards: Sharing | None = None,
         timeout_s: float = 300.0,
     ) -> None:
         if not 0 < decay < 1:
@@ -67,6 +76,7 @@ class EMA:
         if unknown := masters.keys() - self._parameters.keys():
             raise ValueError(f"{min(unknown)} has a master and is no parameter")
         self._sources = {name: masters.get(name, p) for name, p in self._parameters.items()}
+        self._shards = shards
         self.decay = decay
         self._timeout_s = timeout_s
         self._averages = {
@@ -84,7 +94,7 @@ class EMA:
         }
         self._stream = torch.cuda.Stream(self._device) if on_gpu else None
         self._copied = torch.cuda.Event() if on_gpu else None
-        self._num_updates = 0
+        self.num_updates = 0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._in_model = self._closed = False
@@ -106,10 +116,10 @@ class EMA:
                 "after the evaluation"
             )
         self._stage()
-        self._num_updates += 1
+        self.num_updates += 1
         # Of its own for each update: nothing to end where training dies between two.
         self._thread = threading.Thread(
-            target=self._run, args=(self._num_updates,), name="counterflow-ema", daemon=True
+            target=self._run, args=(self.num_updates,), name="counterflow-ema", daemon=True
         )
         self._thread.start()
 
@@ -131,7 +141,7 @@ class EMA:
             self._thread.join(self._timeout_s)
             if self._thread.is_alive():
                 raise RuntimeError(
-                    f"update {self._num_updates} of the parameters' moving average is not done "
+                    f"update {self.num_updates} of the parameters' moving average is not done "
                     f"after {self._timeout_s:g} s; this machine's CPUs or memory are overloaded"
                 )
             self._thread = None
@@ -147,7 +157,7 @@ class EMA:
         The tensors are the averages themselves, not copies: the next update changes them.
         """
         self.wait()
-        return {"num_updates": self._num_updates, "averages": dict(self._averages)}
+        return {"num_updates": self.num_updates, "averages": dict(self._averages)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over, by copy, what `state_dict` gave for parameters of the same names and shapes.
@@ -171,13 +181,25 @@ class EMA:
                 )
         for name, average in averages.items():
             self._averages[name].copy_(average)
-        self._num_updates = int(state["num_updates"])
+        self.num_updates = int(state["num_updates"])
+
+    def pieces(self, held: Mapping[str, Held]) -> Iterator[Piece]:
+        """The averages as a checkpoint has them, "ema/NAME", when no update is under way.
+
+        Args:
+            held: how each parameter lies in the whole model's.
+        """
+        self.wait()
+        for name, average in self._averages.items():
+            start = 0 if self._shards is None else self._shards.shares[name].start
+            yield from held[name].pieces(f"ema/{name}", average.view(-1), start)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Within it the model's parameters are the averages; after it what they were, bit for bit.
 
         For an evaluation: parameters must not be changed within. Their values wait in CPU memory.
+        With `shards` it is a collective, and the model is whole after their `finish_gather`.
 
         Raises:
             RuntimeError: as `wait`, or the averages are in the model already.
@@ -238,8 +260,12 @@ class EMA:
 
     @torch.no_grad()
     def _fill_model(self, values: Mapping[str, Tensor]) -> None:
+        if self._shards is not None:
+            self._shards.finish_gather()  # or it would undo what is filled in here
         for name, parameter in self._parameters.items():
             parameter.copy_(values[name])  # moves the version, by which FP8 weights learn of it
+        if self._shards is not None:
+            self._shards.start_gather()
 
     def _run(self, update: int) -> None:
         """The thread's work."""

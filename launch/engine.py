@@ -25,16 +25,20 @@ from ..model.build import Recompute
 from ..model.experts import Experts
 from ..model.router import Router
 from ..parallel.accumulate import accumulate_in_float32
-from ..parallel.gradients import sum_gradients
+from ..parallel.gradients import WholeGradients
 from ..parallel.mesh import Mesh
 from ..parallel.pipeline import Pipeline
 from ..parallel.replicas import holders
 from ..parallel.schedule import Schedule
 from ..parallel.schedule.interleaving import DEFAULT_INTERLEAVING, Interleaving
+from .checkpoint.pieces import Held
 from .ema import EMA
-from .optim import Optimizer, clip_by_global_norm
+from .optim import clip_by_global_norm
+from .zero import make_update
 
 LOSS_NAMES = ("mtp", "balance")
+_AT_MEAN = "mean of the gradients over data-parallel ranks"
+_AT_GATHER = "gathering the updated parameters"  # a position
 AT_EMA = "waiting for the parameters' moving average"  # a position
 
 
@@ -82,6 +86,10 @@ class Engine:
         recompute: what the backward makes again rather than keeps; nothing by default.
         betas, eps, weight_decay: of AdamW.
         moments: dtype in which AdamW keeps its moments, float32 or bfloat16.
+        zero: 1 shares the optimizer's states out over the ranks that hold the same parameters
+            (ZeRO-1, see `parallel.zero`), 0 has them on every rank. Results are the same but for
+            the order in which ranks' gradients are summed.
+        zero_backend: whose ZeRO-1, "counterflow" or "deepspeed" (see `zero_deepspeed`).
         ema_decay: of the parameters' moving average; None keeps none.
         overlap: in which order phases are issued, so that communication hides behind compute; None
             runs every stage in one piece.
@@ -92,6 +100,9 @@ class Engine:
         experts: the dispatcher that they share.
         parameters: this rank's parameters by name; a name is one parameter on every rank. Below
             float32, their gradients are float32.
+        held: how each of them lies in the whole model's.
+        means: what averages gradients over ranks.
+        optimizer: what updates parameters with the means.
         ema: their moving average, if there is one; to be closed at the end.
     """
 
@@ -110,6 +121,8 @@ class Engine:
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         moments: torch.dtype = torch.float32,
+        zero: int = 0,
+        zero_backend: str = "counterflow",
         ema_decay: float | None = None,
         overlap: Interleaving | None = DEFAULT_INTERLEAVING,
         timeout_s: float = 300.0,
@@ -154,13 +167,24 @@ class Engine:
             name: p for part in built for name, p in part.named_parameters()
         }
         accumulate_in_float32(self.parameters.values())
-        self._experts = {
-            id(p)
+        stacked = {
+            id(p): module.local
             for part in built
             for module in part.modules()
             if isinstance(module, Experts)
             for p in module.parameters()
         }
+        self._experts = stacked.keys()
+        self.held = {
+            name: Held.rows(p, stacked[id(p)], config.n_routed_experts)
+            if id(p) in stacked
+            else Held.entire(p)
+            for name, p in self.parameters.items()
+        }
+        adam = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "moments": moments}
+        self.means, self.optimizer = make_update(
+            zero, zero_backend, self.pipeline, self.parts, lambda p: id(p) in stacked, adam
+        )
         self._owned = self._owned_names()
         self._routers = {
             name: module
@@ -170,17 +194,15 @@ class Engine:
         }
         self._router_rows = _router_rows(config)
         self._device = device or torch.device("cpu")
-        self.optimizer = Optimizer(
-            self.parameters.items(),
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            moments=moments,
-        )
         self.ema: EMA | None = None
         if ema_decay is not None:
-            masters = self.optimizer.masters
-            self.ema = EMA(self.parameters.items(), ema_decay, masters=masters, timeout_s=timeout_s)
+            self.ema = EMA(
+                self.optimizer.parameters.items(),
+                ema_decay,
+                masters=self.optimizer.masters,
+                shards=None if isinstance(self.means, WholeGradients) else self.means,
+                timeout_s=timeout_s,
+            )
 
     def step(
         self,
@@ -219,7 +241,7 @@ class Engine:
         with self.pipeline.at("sums over the whole mesh"):
             with mark("gradient norm"):
                 norm, asked = clip_by_global_norm(
-                    self.parameters.items(),
+                    self.optimizer.parameters.items(),
                     self._owned,
                     max_norm,
                     asked=asked,
@@ -242,7 +264,7 @@ class Engine:
             return StepResult(losses, norm, loads, asked=asked)
 
     def _update(self, lr: float) -> None:
-        """The optimizer's update; the average goes on while the next step begins."""
+        """The optimizer's update; average and gather go on while the next step begins."""
         if self.ema is not None:
             self.ema.before_change()
         self.optimizer.step(lr)
@@ -251,31 +273,53 @@ class Engine:
                 self.ema.update()
 
     def gradients(self, inputs: Tensor, targets: Tensor) -> None:
-        """Forward and backward: `.grad` becomes the gradient of the global batch's mean loss."""
+        """Forward and backward: `.grad` becomes the gradient of the global batch's mean loss.
+
+        It is that of `optimizer.parameters`: with ZeRO-1 of this rank's shares.
+        """
         with mark("zero gradients"):
-            self.optimizer.zero_grad()
+            self.means.drop_gradients()
             for router in self._routers.values():
                 router.load_E.zero_()
-        self.pipeline.step(inputs, targets, sum_replicas=False)
-        # Experts have seen the tokens of all ranks of their group, so theirs are sums over ep
-        # already.
-        scale = 1.0 / self.mesh.shape.dp
-        dense = [p for p in self.parameters.values() if id(p) not in self._experts]
-        routed = [p for p in self.parameters.values() if id(p) in self._experts]
-        position = "mean of the gradients over data-parallel ranks"
-        with self.pipeline.at(position), mark("mean of gradients"):
-            sum_gradients(dense, self.mesh.dp_group, scale=scale, board=self.mesh.waits)
-            sum_gradients(routed, self.mesh.edp_group, scale=scale, board=self.mesh.waits)
+        self.pipeline.step(
+            inputs,
+            targets,
+            sum_replicas=False,
+            on_begin=self.means.finish_gather,
+            on_end=self.means.end_stage,
+        )
+        with self.pipeline.at(_AT_MEAN), mark("mean of gradients"):
+            self.means.finish_gather()  # of stages that had nothing to do
+            self.means.finish_gradients()
         # Last, because two addends give the same bits on both holders, whatever order a backend
         # sums a larger group in.
         with self.pipeline.at("sum of the gradients of replicas"), mark("sum over replicas"):
-            self.pipeline.replicas.sum()
+            self.pipeline.replicas.sum(self.means.instead)
 
     def evaluate(self, inputs: Tensor, targets: Tensor) -> float:
         """Mean cross-entropy of the next token over the global batch, nats."""
+        self._finish_gather()
         self.pipeline.evaluate(inputs, targets)
         with self.pipeline.at("mean of the losses over data-parallel ranks"):
             return self._mean_over_dp(self.pipeline.report.losses)["main"]
+
+    def settle(self) -> None:
+        """Return when nothing that began with an earlier step is under way; a collective.
+
+        To be called before anything but a step reads or changes parameters or optimizer states.
+        """
+        self._finish_gather()
+        if self.ema is not None:
+            with self.pipeline.at(AT_EMA):
+                self.ema.wait()
+
+    def _finish_gather(self) -> None:
+        with self.pipeline.at(_AT_GATHER):
+            self.means.finish_gather()
+
+    def loaded(self) -> None:
+        """Derive what follows from parameters and states that were loaded into their pieces."""
+        self.optimizer.loaded()
 
     def _owned_names(self) -> set[str]:
         """Names of which this rank has the first copy, so that each counts once in the norm."""
@@ -285,7 +329,9 @@ class Engine:
             for name, parameter in part.named_parameters():
                 ranks, _ = holders(placement, self.tied, (stage, name))
                 copies = shape.ep if id(parameter) in self._experts else 1
-                if ranks[0] == self.mesh.pp_rank and self.mesh.dp_rank < copies:
+                # A share is nobody else's; where nothing is cut, there are no copies.
+                first = self.means.instead is not None or self.mesh.dp_rank < copies
+                if first and ranks[0] == self.mesh.pp_rank:
                     owned.add(name)
         return owned
 

@@ -17,9 +17,12 @@ _log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 # What an earlier run of a name leaves, not to be taken for the results of this one.
-RESULTS = ("result.json", "timeline.json", "load.json", "report.html")
+RESULT = "result.json"
+RESULTS = (RESULT, "timeline.json", "load.json", "report.html")
+# Says that a run was asked to stop, and where it then stood.
+STOPPED_FILE = "stopped.json"
 _PICTURES = [f"{name}.{form}" for name in ("loss", "timeline", "load") for form in ("svg", "png")]
-_FILES = ("config.toml", "metrics.jsonl", *RESULTS, *_PICTURES)
+_FILES = ("config.toml", "metrics.jsonl", STOPPED_FILE, *RESULTS, *_PICTURES)
 
 
 @contextmanager

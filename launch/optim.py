@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from ..comm.collectives import sum_over
 from ..comm.waiting import WaitBoard
 from ..fp8.adamw import AdamW
+from ..parallel.zero import Shards, Share
+from .checkpoint.pieces import Held, Piece, Stretch
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +41,8 @@ class Optimizer:
 
     Args:
         named_parameters: what is trained.
+        shards: of these parameters, which this rank updates its shares of, and gathers after each
+            update; None where it updates all of them (see `parallel.zero`).
         betas, eps, weight_decay: of AdamW.
         moments: dtype of AdamW's two moments: float32, which stands for that of what is updated
             and is torch's AdamW, or bfloat16 (see `fp8.adamw`).
@@ -51,26 +55,35 @@ class Optimizer:
         self,
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         *,
+        shards: Shards | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         moments: torch.dtype = torch.float32,
     ) -> None:
-        self._parameters = dict(named_parameters)
+        whole = dict(named_parameters)
+        self._shards = shards
+        alone = {name: Share(parameter, 0) for name, parameter in whole.items()}
+        shares = alone if shards is None else shards.shares
+        self._parameters = {name: shares[name].parameter for name in whole}
+        self._starts = {name: shares[name].start for name in whole}
         self._updated = {name: _master(p) for name, p in self._parameters.items()}
         groups = [
-            {"params": [p for p in self._updated.values() if decays(p) == decay], **rest}
+            {"params": [self._updated[n] for n, p in whole.items() if decays(p) == decay], **rest}
             for decay, rest in (
                 (True, {"weight_decay": weight_decay}),
                 (False, {"weight_decay": 0.0}),
             )
         ]
         groups = [group for group in groups if group["params"]]
-        if moments not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"moments must be torch.float32 or torch.bfloat16, got {moments}")
         self._moments = moments
-        make = torch.optim.AdamW if moments == torch.float32 else AdamW
-        self._adam = make(groups, lr=0.0, betas=betas, eps=eps)
+        self._adam = make_adam(groups, betas=betas, eps=eps, moments=moments)
+        self._steps: dict[str, Tensor] = {}  # what `pieces` gave for the counters
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What has the gradients and the results, by name: parameters, or this rank's shares."""
+        return dict(self._parameters)
 
     @property
     def masters(self) -> dict[str, Tensor]:
@@ -83,7 +96,10 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One update with the gradients in `.grad`; a parameter without one stays as it is."""
+        """One update with the gradients in `.grad`; a parameter without one stays as it is.
+
+        With `shards`, wholes are whole again after their `finish_gather`.
+        """
         for group in self._adam.param_groups:
             group["lr"] = lr
         for parameter, updated in self._pairs():
@@ -92,6 +108,8 @@ class Optimizer:
         for parameter, updated in self._pairs():
             parameter.copy_(updated)
             updated.grad = None
+        if self._shards is not None:
+            self._shards.start_gather()
 
     def zero_grad(self) -> None:
         """Drop every gradient."""
@@ -148,6 +166,39 @@ class Optimizer:
                 self._adam.state[updated] = {"step": step, **moments}
             else:
                 self._adam.state.pop(updated, None)
+
+    @torch.no_grad()
+    def pieces(self, held: Mapping[str, Held]) -> Iterator[Piece]:
+        """The optimizer's state as a checkpoint has it, whatever the layout.
+
+        "optimizer/exp_avg/NAME" and "optimizer/exp_avg_sq/NAME", the moments, in their dtype;
+        "optimizer/master/NAME", where there is one; "optimizer/step/NAME", float32: how many
+        updates there have been, one number for each matrix of a stacked parameter.
+        Where there has been no update yet, moments are made, as zeros after no step.
+
+        Args:
+            held: how each parameter lies in the whole model's.
+
+        Loading writes into the pieces; call `loaded` then.
+        """
+        self._steps = {}
+        for name, updated in self._updated.items():
+            state = dict(adam_state(self._adam, updated))
+            self._steps[name] = state_counter(held[name], state.pop("step"))
+            if updated is not self._parameters[name]:
+                state["master"] = updated.detach()
+            yield from state_pieces(name, held[name], self._starts[name], state, self._steps[name])
+
+    def loaded(self) -> None:
+        """Take over the counters that were loaded into the last `pieces`.
+
+        Where the matrices of one parameter differ, which a checkpoint of more expert-parallel ranks
+        allows, the most advanced counts.
+        """
+        for name, steps in self._steps.items():
+            if steps.numel():
+                adam_state(self._adam, self._updated[name])["step"].fill_(steps.max())
+        self._steps = {}
 
     def _pairs(self) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
         for name, parameter in self._parameters.items():
@@ -214,3 +265,70 @@ def _master(parameter: nn.Parameter) -> nn.Parameter:
     if parameter.dtype in (torch.float32, torch.float64):
         return parameter
     return nn.Parameter(parameter.detach().to(torch.float32), requires_grad=True)
+
+
+def make_adam(
+    groups: list[dict[str, Any]],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    moments: torch.dtype,
+) -> torch.optim.Optimizer:
+    """AdamW with moments of this dtype, see `Optimizer`; the learning rate is still 0.
+
+    What it makes of an element does not depend on where in a tensor that stands.
+    """
+    if moments == torch.float32:
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps)
+    if moments == torch.bfloat16:
+        return AdamW(groups, lr=0.0, betas=betas, eps=eps)
+    raise ValueError(f"moments must be torch.float32 or torch.bfloat16, got {moments}")
+
+
+def adam_state(adam: torch.optim.Optimizer, updated: nn.Parameter) -> dict[str, Tensor]:
+    """AdamW's state of a parameter, made as AdamW itself makes it if there has been no update."""
+    state = adam.state[updated]
+    if not state:
+        dtype = torch.bfloat16 if isinstance(adam, AdamW) else updated.dtype
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key] = torch.zeros_like(
+                updated, dtype=dtype, memory_format=torch.contiguous_format
+            )
+    return state
+
+
+def state_counter(held: Held, step: Tensor) -> Tensor:
+    """A copy of a parameter's counter of updates for `state_pieces`, once for each local matrix."""
+    num = sum(stretch.length for stretch in _counters(held).stretches)
+    return torch.full((num,), float(step))
+
+
+def state_pieces(
+    name: str, held: Held, start: int, state: Mapping[str, Tensor], counter: Tensor
+) -> Iterator[Piece]:
+    """A parameter's optimizer state as a checkpoint has it, see `Optimizer.pieces`.
+
+    Args:
+        name: of the parameter.
+        held: how this rank's lies in the whole one.
+        start: of the share that the state is of, in this rank's flattened parameter.
+        state: "exp_avg", "exp_avg_sq" and, where there is one, "master", contiguous.
+        counter: from `state_counter`.
+    """
+    for key, tensor in state.items():
+        yield from held.pieces(f"optimizer/{key}/{name}", tensor.view(-1), start)
+    yield from _counters(held).pieces(f"optimizer/step/{name}", counter)
+
+
+def _counters(held: Held) -> Held:
+    """How a parameter's counters of updates lie: one for each matrix of a stack, or just one.
+
+    A parameter [..., N, K] is a stack of matrices, such as experts, which layouts spread by whole
+    matrices; its counters have the shape [...]. Of a matrix or vector there is one, of shape ().
+    """
+    shape, size = held.shape[:-2], math.prod(held.shape[-2:])
+    if not shape:
+        return Held((), (Stretch(0, 0, 1),))
+    stretches = (Stretch(*(n // size for n in stretch)) for stretch in held.stretches)
+    return Held(shape, tuple(stretches))

@@ -1,84 +1,119 @@
-"""The training loop of one rank: data in, steps, evaluation, metrics, and the report at the end."""
+"""The training loop of one rank: data in, steps, evaluation, checkpoints, the report at the end."""
 
 from __future__ import annotations
 
 import logging
 import os
-import time
-from collections import deque
-from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
-from counterflow import __version__  # the root package is no room, so no relative import finds it
-
 from ..comm.collectives import gather, sum_over
+from ..comm.errors import CommError
 from ..comm.marks import mark
 from ..fp8 import NonFiniteError
-from ..model import num_active_parameters, num_parameters
+from ..model import num_parameters
 from ..parallel.mesh import Mesh
 from ..parallel.schedule import Schedule
-from ..parallel.schedule.text_form import to_text
 from . import fp8
 from .check import open_data, step_schedules
 from .conclusion import conclude, write_json
 from .config import Config
-from .data import Loader, unigram_entropy
+from .convert_weights import load_weights
+from .data import Loader
 from .engine import AT_EMA, Engine, StepResult
+from .errors import SaveError, ToldError, alike_on_all
 from .experts import make_experts
-from .folder import RESULTS
-from .metrics import MetricsWriter
-from .progress import Progress
+from .folder import RESULTS, STOPPED_FILE
+from .history import History
+from .life.spikes import LossGuard, Verdict
+from .life.status import DONE, STOPPED
+from .life.stop import StopRequests
+from .life.watchdog import Watchdog
 from .ramps import bias_update_speed, learning_rate, microbatches, mtp_weight
 from .recording import FOLDER, Recorder, profile_command, remove_traces
+from .reporter import Reporter
+from .results import write_results
+from .saver import Saver
+from .slurm.placement import Told, placement_lines, require_order, told_by
+from .telemetry import Telemetry
 from .torchrun import choose_device
-from .watch import SignalWatch
 from .world import Place, joined, waiting_to_join
 
 _log = logging.getLogger(__name__)
 
-# What a result says of the end of training is a mean over this many steps.
-_LAST = 10
 
-
-def train(config: Config, folder: Path) -> None:
+def train(config: Config, folder: Path) -> int:
     """Train as one rank of a run that torchrun started; rank 0 writes the results to `folder`.
 
+    Returns:
+        The exit status: that of a run that is done, or of one that was asked to stop and has saved
+        where it stood (under torchrun, which would start it again, as if done).
+
     Raises:
-        ValueError: the configuration, the data or a step's numbers are unusable.
+        ValueError: the configuration, the data, a checkpoint or a step's numbers are unusable.
         CommError: another rank is gone or did not answer in time.
+        ToldError: the same, and rank 0 or another has said so for all.
+        SaveError: the run was asked to stop, and could not save where it stood.
     """
     place, limit_s = Place.of(os.environ), config.run.timeout_s
     where = _Whereabouts(place.rank)
-    with SignalWatch(where.line):
+    section = config.checkpoint
+    with StopRequests(where.line, graceful=section.enabled, grace_s=section.grace_s) as stop:
         device = _device(config, place)
         fp8.require_backend(config, device)
         # CPU tensors, such as headers of transfers, travel over gloo in either case.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        with joined(place, backend, timeout_s=limit_s):
-            where.doing = "making the process groups"
-            with waiting_to_join(place, limit_s):
-                mesh = Mesh.create(config.mesh, timeout_s=limit_s)
-            where.doing = "building the model"
-            run = _Run(config, mesh, device, folder)
-            where.run = run
-            with run.engine.ema or nullcontext():
-                try:
-                    run.all_steps()
-                except NonFiniteError as error:  # names the layer
-                    position = run.engine.pipeline.position
-                    raise NonFiniteError(f"step {run.step}, {position}: {error}") from error
-                result = run.finish()
-            run.engine.experts.close()
-            if result is not None:
-                conclude(folder, result)
+        # A wait's own error knows more, so it comes before the watchdog's.
+        limit_of_all_s = 1.1 * limit_s + 5
+        with (
+            joined(place, backend, timeout_s=limit_s),
+            Watchdog(where.line, place, limit_s=limit_of_all_s) as watchdog,
+        ):
+            try:
+                ended = _train(config, folder, device, place, where, stop)
+            except CommError as error:
+                if watchdog.report(str(error), error.peers):
+                    raise ToldError(str(error)) from error
+                raise
+    return DONE if ended or "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
+
+
+def _train(
+    config: Config,
+    folder: Path,
+    device: torch.device,
+    place: Place,
+    where: _Whereabouts,
+    stop: StopRequests,
+) -> bool:
+    """Train among ranks that have joined; whether the run has reached its last step."""
+    limit_s = config.run.timeout_s
+    where.doing = "making the process groups"
+    with waiting_to_join(place, limit_s):
+        mesh = Mesh.create(config.mesh, timeout_s=limit_s)
+        placement = gather(told_by(), mesh.world_group, "their places", board=mesh.waits)
+    with alike_on_all(place.rank):
+        require_order(placement)
+    where.doing = "building the model"
+    run = _Run(config, mesh, device, folder, stop)
+    where.run = run
+    if isinstance(told := placement[0], Told):
+        run.placement = placement_lines(config.mesh, told.nodes, told.switches)
+    with run.engine.ema or nullcontext():
+        try:
+            ended = run.all_steps()
+        except NonFiniteError as error:  # names the layer
+            position = run.engine.pipeline.position
+            raise NonFiniteError(f"step {run.step}, {position}: {error}") from error
+        if ended:
+            run.finish()
+    run.close()
+    return ended
 
 
 class _Whereabouts:
@@ -107,8 +142,11 @@ def _device(config: Config, place: Place) -> torch.device:
 class _Run:
     """A run under way on one rank."""
 
-    def __init__(self, config: Config, mesh: Mesh, device: torch.device, folder: Path) -> None:
+    def __init__(
+        self, config: Config, mesh: Mesh, device: torch.device, folder: Path, stop: StopRequests
+    ) -> None:
         self.config, self.mesh, self.device, self.folder = config, mesh, device, folder
+        self.stop = stop
         self.corpus = open_data(config)
         self.schedules = step_schedules(config)
         self.full: Schedule = self.schedules[config.schedule.microbatches]
@@ -128,116 +166,150 @@ class _Run:
             moments=getattr(torch, config.moments),
             ema_decay=train_config.ema_decay,
             overlap=config.overlap.interleaving,
+            zero=config.zero.stage,
+            zero_backend=config.zero.backend,
             timeout_s=config.run.timeout_s,
         )
         self.recorder = Recorder(config.profile, mesh, device, folder / FOLDER, self._wait_for_all)
         self.loader = self._loader(self.corpus.train)
+        self.history = History()
+        self.guard = LossGuard(config.guard)
+        self.saver = Saver(config, folder, self.engine, self.loader, self.history, self.guard)
+        self.telemetry = Telemetry(config, mesh, device)
+        self.placement: list[str] = []  # of a job's ranks on its nodes, for a person
         self.step = 0  # under way or last run; the first is 1
-        self.seconds = 0.0  # in training steps, evaluation not counted
-        self.tokens = 0
-        self.recent: deque[StepResult] = deque(maxlen=_LAST)
-        self.validation_loss = float("nan")
-        self.ema_validation_loss: float | None = None  # of the averaged parameters, if there are
 
     def where(self) -> str:
         """One line that says what this rank is doing."""
         position = f"rank {self.mesh.rank}, step {self.step}, {self.engine.pipeline.position}"
         return ", ".join(filter(None, (position, self.mesh.waits.now)))
 
-    def all_steps(self) -> None:
-        train = self.config.train
-        with ExitStack() as open_things:
-            metrics = progress = None
-            if self.mesh.rank == 0:
-                for name in RESULTS:
-                    (self.folder / name).unlink(missing_ok=True)
+    def all_steps(self) -> bool:
+        """Go on from where the run stands to its last step; False where it was asked to stop."""
+        at = self.engine.pipeline.at("looking for a checkpoint")
+        with alike_on_all(self.mesh.rank), at:
+            decision = self.saver.begin()
+        if decision == "done":
+            _log.info("%s: this run has ended already", self.folder)
+            return False
+        if decision == "begin" and self.config.checkpoint.weights:
+            load_weights(self.config.checkpoint.weights, self.engine)
+        history, rank = self.history, self.mesh.rank
+        if rank == 0:
+            for name in RESULTS:
+                (self.folder / name).unlink(missing_ok=True)
+            if decision == "begin":
                 remove_traces(self.folder / FOLDER)
-                metrics = open_things.enter_context(MetricsWriter(self.folder))
-                progress = Progress(train.steps, log_every=train.log_every)
-                progress.note(self._introduction())
-                open_things.enter_context(progress)
-            open_things.callback(self.recorder.close)
-            for index in range(train.steps):
-                self.step = step = index + 1
-                self.recorder.before(step)
-                began = time.perf_counter()
-                with self.recorder.step(step):
-                    result, num_tokens = self._step(index)
-                took = time.perf_counter() - began
-                traces = self.recorder.after(step)
-                self.seconds += took
-                self.tokens += num_tokens
-                self.recent.append(result)
-                rate = num_tokens / took
-                if metrics and progress:
-                    lr = learning_rate(index, train)
-                    self._write(metrics, step, result, lr, rate)
-                    progress.update(
-                        step,
-                        loss=result.losses["main"],
-                        lr=lr,
-                        tokens_per_second=rate,
-                        grad_norm=result.grad_norm,
-                    )
-                    if traces is not None:
-                        progress.note(f"step {step}: traces recorded: {profile_command(traces)}")
-                if step == train.steps or (train.eval_every and step % train.eval_every == 0):
-                    self.validation_loss = self._validate()
-                    if step == train.steps and self.engine.ema is not None:
-                        with self.engine.pipeline.at(AT_EMA):
-                            self.engine.ema.wait()
-                        with self.engine.ema.swapped():
-                            self.ema_validation_loss = self._validate()
-                    if metrics and progress:
-                        self._write_validation(metrics, progress, step)
+        self.step = history.step
+        goes_on = decision == "go on"
+        with Reporter(
+            self.config, self.folder, history, goes_on=goes_on, speaks=rank == 0
+        ) as reporter:
+            for line in (*self.placement, self._introduction()):
+                reporter.note(line)
+            if goes_on:
+                reporter.event("resume", f"going on from the checkpoint of step {history.step}")
+            try:
+                return self._steps(reporter)
+            finally:
+                self.recorder.close()
 
-    def finish(self) -> dict[str, Any] | None:
-        """Gather what the report needs and write it; returns the result on rank 0."""
-        self._write_timeline()
-        dispatch = self._dispatch_totals()
-        in_fp8 = fp8.totals(self.config, self.engine, self.device)
-        if self.mesh.rank:
+    def _steps(self, reporter: Reporter) -> bool:
+        """The loop. What is due after a step comes in this order: save, stop, evaluate."""
+        if self.history.step:  # the earlier start may have been ended before it evaluated
+            self._evaluate(reporter)
+        while self.history.step < self.config.train.steps:
+            result = self._one_step(reporter)
+            if result is None:  # rolled back
+                continue
+            reporter.saved(self.saver.poll())
+            if self.saver.is_due():
+                with self.engine.pipeline.at("saving a checkpoint"):
+                    self.saver.save()
+            if result.asked:
+                self.stop.granted()
+            if result.asked and self.history.step < self.config.train.steps:
+                self._stop(reporter)
+                return False
+            self._evaluate(reporter)
+        with self.engine.pipeline.at("waiting for the last checkpoint to be written"):
+            self.saver.close()
+        reporter.saved(self.saver.poll())
+        return True
+
+    def _one_step(self, reporter: Reporter) -> StepResult | None:
+        """Run a step and tell of it; None where its loss led back to a checkpoint."""
+        history, index = self.history, self.history.step
+        self.step = step = index + 1
+        self.recorder.before(step)
+        with self.telemetry.step(), self.recorder.step(step):
+            result, num_tokens, verdict = self._step(index)
+        took = self.telemetry.seconds
+        traces = self.recorder.after(step)
+        if verdict.action == "rollback" and self._rolled_back(reporter, verdict):
             return None
-        config, train = self.config, self.config.train
-        results = list(self.recent)
-        loads: dict[str, NDArray[np.int64]] = {}
-        for result in results:
-            for name, load in result.loads.items():
-                layer = name.split(".")[2]
-                loads[layer] = loads.get(layer, np.zeros(len(load), np.int64)) + np.array(load)
-        layers = {layer: load.tolist() for layer, load in loads.items()}
-        write_json(self.folder / "load.json", {"layers": layers})
-        return {
-            "train_loss": float(np.mean([r.losses["main"] for r in results])),
-            "validation_loss": self.validation_loss,
-            **self._averaged("ema_validation_loss"),
-            "unigram_entropy": unigram_entropy(self.corpus.validation),
-            "seconds": round(self.seconds, 3),
-            "tokens_per_second": round(self.tokens / self.seconds, 1),
-            "steps": train.steps,
-            "world_size": self.mesh.shape.world_size,
-            "mesh": {"pp": config.mesh.pp, "dp": config.mesh.dp, "ep": config.mesh.ep},
-            "schedule": self.full.name,
-            "microbatches": self.full.num_microbatches,
-            "dispatch": dispatch,
-            "tokens": self.tokens,
-            "max_vio": float(np.mean([r.max_vio for r in results])),
-            "parameters": num_parameters(config.model, mtp=True),
-            "active_parameters": num_active_parameters(config.model),
-            "data": self.corpus.name,
-            "device": str(self.device.type),
-            "dtype": train.dtype,
-            "moments": config.moments,
-            "fp8": in_fp8,
-            "recompute": asdict(fp8.make_recompute(config)),
-            "overlap": asdict(config.overlap),
-            "traces": [str(path.relative_to(self.folder)) for path in self.recorder.folders],
-            "counterflow": __version__,
-            "torch": torch.__version__,
-        }
+        history.add(result, seconds=took, tokens=num_tokens)
+        lr = learning_rate(index, self.config.train)
+        values = self.telemetry.values(step, result, num_tokens)
+        reporter.step(result, lr=lr, rate=num_tokens / took, values=values)
+        if not result.updated:
+            reporter.event("skip", f"{verdict.reason}: the batch was skipped")
+        if traces is not None:
+            reporter.note(f"step {step}: traces recorded: {profile_command(traces)}")
+        return result
 
-    def _step(self, index: int) -> tuple[StepResult, int]:
-        """One optimizer step, the first at index 0; its result and the global batch's tokens."""
+    def _rolled_back(self, reporter: Reporter, verdict: Verdict) -> bool:
+        """Go back to the newest checkpoint; False where there is none."""
+        failed = self.step
+        with self.engine.pipeline.at("going back to a checkpoint"):
+            step = self.saver.roll_back()
+        if step is None:
+            return False
+        self.step = step
+        text = f"step {failed}: {verdict.reason}: back to the checkpoint of step {step}"
+        reporter.rolled_back(text, failed_step=failed)
+        return True
+
+    def _stop(self, reporter: Reporter) -> None:
+        """Save and leave word; asked for by a signal to any rank.
+
+        Raises:
+            SaveError: what this start has trained could not be saved.
+        """
+        with self.engine.pipeline.at("saving the last checkpoint"):
+            error = self.saver.save_now()
+        if error:
+            where = f"rank {self.mesh.rank}, step {self.step}"
+            raise SaveError(f"{where}: asked to stop, and not saved: {error}")
+        name = self.stop.signal.name if self.stop.signal else "another rank's signal"
+        step = self.history.step
+        if self.mesh.rank == 0:
+            write_json(self.folder / STOPPED_FILE, {"signal": name, "step": step})
+        reporter.event("stop", f"stopped by {name}, saved; start the run again and it goes on")
+
+    def finish(self) -> None:
+        """Gather what the report needs and write it."""
+        result = write_results(
+            self.config,
+            self.folder,
+            engine=self.engine,
+            history=self.history,
+            corpus=self.corpus,
+            schedule=self.full,
+            traces=[str(path.relative_to(self.folder)) for path in self.recorder.folders],
+            device=self.device,
+        )
+        if result is not None:
+            conclude(self.folder, result)
+
+    def close(self) -> None:
+        """Wait for what goes on beside the training."""
+        self.saver.close()
+        self.engine.experts.close()
+
+    def _step(self, index: int) -> tuple[StepResult, int, Verdict]:
+        """The optimizer step at `index`, the first is 0; its result, the global batch's tokens, and
+        what the guard said of it."""
         config, train = self.config, self.config.train
         multiple = len(self.full.placement.routes)
         count = microbatches(index, train, config.schedule, multiple)
@@ -248,6 +320,15 @@ class _Run:
             self._wait_for("the ranks of the pipeline", self.mesh.pp_group)
         with mark("data"):
             inputs, targets = self._batch(self.loader, count)
+        verdicts: list[Verdict] = []
+
+        def judge(loss: float, norm: float) -> bool:
+            verdict = self.guard.judge(index + 1, loss, norm)
+            if verdict.action == "stop":
+                raise ValueError(verdict.reason)
+            verdicts.append(verdict)
+            return verdict.action == "update"
+
         result = self.engine.step(
             inputs,
             targets,
@@ -255,19 +336,35 @@ class _Run:
             max_norm=train.grad_clip,
             mtp_weight=mtp_weight(index, train),
             bias_update_speed=bias_update_speed(index, train),
+            judge=judge,
+            asked=self.stop.asked,
         )
-        return result, inputs.numel() * self.mesh.shape.dp
+        return result, inputs.numel() * self.mesh.shape.dp, verdicts[0]
 
     def _wait_for_all(self, what: str) -> None:
-        self._wait_for(what, _world())
+        self._wait_for(what, self.mesh.world_group)
 
-    def _wait_for(self, what: str, group: dist.ProcessGroup | None) -> None:
+    def _wait_for(self, what: str, group: Any) -> None:
         with self.engine.pipeline.at("start together"):
             here = torch.zeros(1, device=self.device)
             sum_over(here, group, what, board=self.mesh.waits)
             here.item()
 
-    def _validate(self) -> float:
+    def _evaluate(self, reporter: Reporter) -> None:
+        """Evaluate where that is due after the step that has ended."""
+        train, step = self.config.train, self.history.step
+        last = step == train.steps
+        if not last and not (train.eval_every and step % train.eval_every == 0):
+            return
+        self.history.validation_loss = self._validation_loss()
+        if last and self.engine.ema is not None:
+            with self.engine.pipeline.at(AT_EMA):
+                self.engine.ema.wait()
+            with self.engine.ema.swapped():
+                self.history.ema_validation_loss = self._validation_loss()
+        reporter.validation()
+
+    def _validation_loss(self) -> float:
         """Mean loss on the same held-out sequences every time, whatever the batch-size ramp."""
         pipeline = self.engine.pipeline
         training = pipeline.schedule
@@ -311,75 +408,3 @@ class _Run:
         if shape.ep > 1:
             line = f"{line}; dispatch {experts.name}, {config.payload} rows ({experts.why})"
         return "; ".join(filter(None, (line, fp8.introduction(config, self.device))))
-
-    def _write(
-        self, metrics: MetricsWriter, step: int, result: StepResult, lr: float, rate: float
-    ) -> None:
-        metrics.write(
-            "train",
-            step,
-            loss=result.loss,
-            main_loss=result.losses["main"],
-            mtp_loss=result.losses["mtp"],
-            balance_loss=result.losses["balance"],
-            lr=lr,
-            grad_norm=result.grad_norm,
-            tokens=self.tokens,
-            tokens_per_second=rate,
-            max_vio=result.max_vio,
-        )
-
-    def _write_validation(self, metrics: MetricsWriter, progress: Progress, step: int) -> None:
-        averaged = self._averaged("ema_loss")
-        metrics.write("validation", step, loss=self.validation_loss, **averaged)
-        line = f"step {step}: validation {self.validation_loss:.4f} nats a token"
-        for loss in averaged.values():
-            line += f", {loss:.4f} of the averaged parameters"
-        progress.note(line)
-
-    def _averaged(self, key: str) -> dict[str, float]:
-        """The averaged parameters' loss under `key`; nothing where it was not measured."""
-        loss = self.ema_validation_loss
-        return {} if loss is None else {key: loss}
-
-    def _dispatch_totals(self) -> dict[str, Any]:
-        """Which dispatcher ran, and what all ranks sent with it."""
-        experts = self.engine.experts
-        mine = (sum(map(sum, experts.sent_bytes.values())), experts.crossed_bytes)
-        with self.engine.pipeline.at("adding up what was sent"):
-            sent, crossed = zip(
-                *gather(mine, _world(), "bytes sent", board=self.mesh.waits), strict=True
-            )
-        return {
-            "backend": experts.name,
-            "why": experts.why,
-            "payload": self.config.payload,
-            "sent_bytes": sum(sent),
-            "crossed_bytes": sum(crossed),
-        }
-
-    def _write_timeline(self) -> None:
-        """The last step as the ranks of the first pipeline ran it."""
-        spans = self.engine.pipeline.last_step_spans()
-        with self.engine.pipeline.at("gathering the timeline"):
-            gathered = gather(spans, self.mesh.pp_group, "timelines", board=self.mesh.waits)
-        if self.mesh.rank == 0:
-            rows = [
-                [
-                    {
-                        "action": str(span.step),
-                        "start_ms": round(span.start_ms, 4),
-                        "end_ms": round(span.end_ms, 4),
-                        "waited_ms": round(span.waited_ms, 4),
-                    }
-                    for span in row
-                ]
-                for row in gathered
-            ]
-            schedule = self.engine.pipeline.schedule
-            timeline = {"name": schedule.name, "schedule": to_text(schedule), "ranks": rows}
-            write_json(self.folder / "timeline.json", timeline)
-
-
-def _world() -> dist.ProcessGroup | None:
-    return dist.group.WORLD if dist.is_initialized() else None

@@ -1,8 +1,8 @@
-"""Sums gradients over a group of ranks that hold the same parameters."""
+"""Sums gradients over groups of ranks that hold the same parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,54 @@ from .accumulate import grad_dtype
 
 # Larger gradients are summed where they are; smaller ones share a message, which costs two copies.
 _ALONE_BYTES = 1 << 20
+
+
+class WholeGradients:
+    """Averages whole gradients at the end of a step: what `zero.Shards` is to shares, without any.
+
+    Args:
+        parameters: of this rank, in an order that all ranks of a group share.
+        group_of: the ranks that hold the same parameter and see other data; None for this alone.
+        scale: factor of the gradients, applied after the sum.
+        board: where waits are announced.
+    """
+
+    instead = None  # gradients are those of the parameters themselves
+
+    def __init__(
+        self,
+        parameters: Iterable[Parameter],
+        group_of: Callable[[Parameter], dist.ProcessGroup | None],
+        *,
+        scale: float = 1.0,
+        board: WaitBoard | None = None,
+    ) -> None:
+        self._by_group: dict[int, tuple[dist.ProcessGroup | None, list[Parameter]]] = {}
+        for parameter in parameters:
+            group = group_of(parameter)
+            self._by_group.setdefault(id(group), (group, []))[1].append(parameter)
+        self._scale, self._board = scale, board
+
+    def drop_gradients(self) -> None:
+        """Begin anew: gradients become None."""
+        for _, parameters in self._by_group.values():
+            for parameter in parameters:
+                parameter.grad = None
+
+    def end_stage(self, stage: int) -> None:
+        """A stage's gradients are complete, which changes nothing here."""
+
+    def finish_gradients(self) -> None:
+        """Every `.grad` becomes the mean gradient, None where no rank has one.
+
+        Raises:
+            CommError: a rank of a group is gone or did not answer in time.
+        """
+        for group, parameters in self._by_group.values():
+            sum_gradients(parameters, group, scale=self._scale, board=self._board)
+
+    def finish_gather(self, stage: int | None = None) -> None:
+        """Parameters are whole at all times."""
 
 
 def sum_gradients(

@@ -161,6 +161,13 @@ class Mesh:
     def num_nodes(self) -> int:
         return len(set(self.nodes))
 
+    @property
+    def world_group(self) -> ProcessGroup | None:
+        """All ranks; None where torch.distributed is not initialised."""
+        import torch.distributed as dist
+
+        return dist.group.WORLD if dist.is_initialized() else None
+
     @classmethod
     def create(
         cls,

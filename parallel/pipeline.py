@@ -7,7 +7,7 @@ the transport has posted the next receives already, so bytes move while the next
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +32,7 @@ from .schedule.interleaving import DEFAULT_INTERLEAVING, Interleaving
 from .stage import LossFn, make_runners, modules_by_stage
 from .timeline import Span, Stopwatch
 from .transfers import activation, gradient, receives
+from .zero_ends import StageCalls
 
 _BETWEEN = "between steps"
 
@@ -190,7 +191,15 @@ class Pipeline:
         )
         self._plans.use(self._runners, (step for row in rows for step in row))
 
-    def step(self, batch: Any = None, targets: Any = None, *, sum_replicas: bool = True) -> Tensor:
+    def step(
+        self,
+        batch: Any = None,
+        targets: Any = None,
+        *,
+        sum_replicas: bool = True,
+        on_begin: Callable[[int], object] | None = None,
+        on_end: Callable[[int], object] | None = None,
+    ) -> Tensor:
         """Forward and backward of one batch; gradients are added to the parameters' `.grad`.
 
         Args:
@@ -199,6 +208,10 @@ class Pipeline:
             targets: likewise, for the loss; needed where the last stage is.
             sum_replicas: False leaves each holder of a replicated parameter with its own share; the
                 caller then calls `replicas.sum()` before the update.
+            on_begin: called with each stage of this rank before its first action, which reads
+                parameters.
+            on_end: called with each after its last action that adds to gradients. Both are called
+                in the order of the row, so ranks of the same row may start collectives there.
 
         Returns:
             The loss, 0-dim float64, the same on every rank of the pipeline: the mean over
@@ -220,7 +233,8 @@ class Pipeline:
         for parameter in replicated:
             parameter.grad = None
         try:
-            losses = self._run(self.schedule, data, training=True)
+            calls = StageCalls(self.schedule.rows[self.mesh.pp_rank], on_begin, on_end)
+            losses = self._run(self.schedule, data, calls)
             self._last_step = self.report
             if sum_replicas:
                 with self.at("sum of the gradients of replicas"):
@@ -244,28 +258,34 @@ class Pipeline:
 
         Modules are run as they are: call their `eval()` first where dropout or the like matters.
         """
-        return self._finish(
-            self._run(self._forward_only, self._data(batch, targets), training=False)
-        )
+        return self._finish(self._run(self._forward_only, self._data(batch, targets), None))
 
-    def _run(self, schedule: Schedule, data: Data, *, training: bool) -> Tensor:
-        """Walk this rank's row; returns float64 losses [name, micro-batch], zero where not ours."""
+    def _run(self, schedule: Schedule, data: Data, calls: StageCalls | None) -> Tensor:
+        """Walk this rank's row, forward only without `calls`.
+
+        Returns:
+            float64 losses [name, micro-batch], zero where not ours.
+        """
         if self._failed:
             raise RuntimeError(
                 "this Pipeline cannot go on, its messages are lost, and so are those of others on "
                 f"the same mesh: start the processes again. It failed earlier: {self._failed}"
             )
-        run = _Run(self, data, training)
+        run = _Run(self, data, training=calls is not None)
         self.report = StepReport(stopwatch=run.stopwatch)
         try:
             with self.at("start"):
                 self._transport.begin(self._incoming[schedule.name])
-            for step in schedule.rows[self.mesh.pp_rank]:
+            for index, step in enumerate(schedule.rows[self.mesh.pp_rank]):
                 with self.at(f"action {step}"):
+                    if calls is not None:
+                        calls.before(index)
                     run.stopwatch.begin_step(step)
                     with mark(str(step)):
                         run.run(step)
                     run.stopwatch.end_step()
+                    if calls is not None:
+                        calls.after(index)
             with self.at("end of the schedule"):
                 self._transport.flush()
         except BaseException as error:
@@ -313,7 +333,7 @@ class Pipeline:
 class _Run:
     """One walk over a row: executes actions for its Pipeline."""
 
-    def __init__(self, pipeline: Pipeline, data: Data, training: bool) -> None:
+    def __init__(self, pipeline: Pipeline, data: Data, *, training: bool) -> None:
         self._pipeline = pipeline
         self._placement = pipeline.schedule.placement
         self._rank = pipeline.mesh.pp_rank

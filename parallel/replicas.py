@@ -78,8 +78,12 @@ class Replicas:
         """Every replicated parameter of this rank that is trained at present."""
         return [p for ranks in sorted(self.by_ranks) for p in self._ordered(ranks)]
 
-    def sum(self) -> None:
+    def sum(self, instead: Mapping[Parameter, Parameter] | None = None) -> None:
         """Replace every gradient by its sum over the holders.
+
+        Args:
+            instead: whose gradients are meant, by replicated parameter: shares of them, which all
+                holders cut alike. None for those of the parameters themselves.
 
         A gradient that is None on every holder stays None; where only some have one, the others
         count as zero. The result is the same on all holders, bit for bit.
@@ -88,7 +92,10 @@ class Replicas:
             CommError: a holder is gone or did not answer in time.
         """
         for ranks in sorted(self.by_ranks):
-            sum_gradients(self._ordered(ranks), self._groups[ranks], board=self._board)
+            held = self._ordered(ranks)
+            if instead is not None:
+                held = [instead[parameter] for parameter in held]
+            sum_gradients(held, self._groups[ranks], board=self._board)
 
     def _ordered(self, ranks: tuple[int, ...]) -> list[Parameter]:
         """The trained parameters shared by `ranks`, in an order that all of them use."""
