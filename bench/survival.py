@@ -161,7 +161,7 @@ def trial(kind: str, seed: int, folder: Path, uninterrupted: Outcome) -> dict[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="losing runs, and starting them again")
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

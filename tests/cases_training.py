@@ -15,7 +15,7 @@ from counterflow.parallel import Chunk, Mesh, MeshShape
 from counterflow.parallel.schedule import Schedule, build
 
 SEQUENCE = 9
-STEP = {"lr": 1e-3, "max_norm": 0.5, "mtp_weight": 0.3, "bias_update_speed": 1e-2}
+STEP: dict[str, Any] = {"lr": 1e-3, "max_norm": 0.5, "mtp_weight": 0.3, "bias_update_speed": 1e-2}
 
 TINY = ModelConfig(
     vocab_size=61,
