@@ -51,6 +51,9 @@ bench: $(STAMP)
 	$(BIN)/python -m bench.dispatch
 	$(BIN)/python -m bench.activation_memory
 	$(BIN)/python -m bench.overlap
+	$(BIN)/python -m bench.checkpoint
+	$(BIN)/python -m bench.zero
+	$(BIN)/python -m bench.survival
 
 # A GPU machine brings its own torch, matched to its driver, and may have no network.
 gpu:
