@@ -13,6 +13,7 @@ training goes on (root may mount one; else that kind is left out, and said so).
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,12 @@ from bench.machine import write_result
 from bench.survivor import EVERY, STEPS, Outcome, Survivor, clear, damage
 
 DISK_MB = 64
+LAST = STEPS - 3  # step at which a run is lost; later it might end before it is
 
 
 def one_rank(run: Survivor, rng: random.Random) -> str:
     """SIGKILL of one rank."""
-    step, rank = rng.randrange(1, STEPS), rng.randrange(2)
+    step, rank = rng.randrange(1, LAST + 1), rng.randrange(2)
     run.start()
     run.wait_for_step(step)
     time.sleep(rng.random() * 0.2)
@@ -41,7 +44,7 @@ def one_rank(run: Survivor, rng: random.Random) -> str:
 
 def all_ranks(run: Survivor, rng: random.Random) -> str:
     """SIGKILL of all ranks."""
-    step = rng.randrange(1, STEPS)
+    step = rng.randrange(1, LAST + 1)
     run.start()
     run.wait_for_step(step)
     time.sleep(rng.random() * 0.2)
@@ -51,7 +54,7 @@ def all_ranks(run: Survivor, rng: random.Random) -> str:
 
 def launcher(run: Survivor, rng: random.Random) -> str:
     """SIGKILL of torchrun."""
-    step = rng.randrange(1, STEPS)
+    step = rng.randrange(1, LAST + 1)
     run.start()
     run.wait_for_step(step)
     time.sleep(rng.random() * 0.2)
@@ -66,14 +69,22 @@ def during_checkpoint(run: Survivor, rng: random.Random) -> str:
     begun: set[str] = set()
 
     def writing() -> bool:
-        begun.update(path.name for path in run.checkpoints.glob(".step-*.part"))
+        begun.update(_parts(run))
         return len(begun) >= number
 
     run.wait(writing, f"checkpoint {number}", pause_s=0.0)
     time.sleep(rng.random() * 0.003)
     run.kill_launcher()
-    left = [path.name for path in run.checkpoints.glob(".step-*.part")]
-    return f"checkpoint {number}, {'half written' if left else 'just finished'}"
+    return f"checkpoint {number}, {'half written' if _parts(run) else 'just finished'}"
+
+
+def _parts(run: Survivor) -> list[str]:
+    """Checkpoints that are being written; names come and go meanwhile."""
+    try:
+        names = os.listdir(run.checkpoints)
+    except FileNotFoundError:
+        return []
+    return [name for name in names if fnmatch(name, ".step-*.part")]
 
 
 def damaged(run: Survivor, rng: random.Random) -> str:
@@ -140,7 +151,8 @@ def may_mount(folder: Path) -> bool:
 def trial(kind: str, seed: int, folder: Path, uninterrupted: Outcome) -> dict[str, Any]:
     """One run of a kind, ended and started again; whether it ended like the other."""
     run, rng = Survivor(folder), random.Random(seed)
-    with small_disk(folder, DISK_MB) if kind == "full disk" else nullcontext():
+    disk = small_disk(folder, DISK_MB) if kind == "full disk" else nullcontext()
+    with disk, run:
         began = time.perf_counter()
         happened = KINDS[kind](run, rng)
         before = run.steps_saved()
@@ -171,8 +183,8 @@ def main() -> None:
         kinds = [k for k in KINDS if k != "full disk" or may_mount(folder)]
         if len(kinds) < len(KINDS):
             print("full disk is left out: this process may not mount a file system")
-        whole = Survivor(folder / "uninterrupted")
-        whole.finish()
+        with Survivor(folder / "uninterrupted") as whole:
+            whole.finish()
         uninterrupted = Outcome.of(whole)
         for number in range(options.trials):
             kind = kinds[number % len(kinds)]

@@ -14,22 +14,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
+from counterflow.launch.checkpoint.folders import step_of
 from counterflow.launch.checkpoint.read import checkpoints_in, open_checkpoint
 
 LIMIT_S = 240.0
-_TIMES = (
-    *("seconds", "tokens_per_second", "tokens_per_second_per_gpu", "mfu", "memory_gib"),
-    *("exposed_comm_ms", "exposed_comm_percent"),
-)
-
+# Beginnings of the keys of metrics.jsonl that are measured, not trained.
+_MEASURED = ("seconds", "tokens_per_second", "mfu", "memory_", "exposed_comm_", "gpu_")
+_OF_STARTS = ("seconds", "resumed")  # of a checkpoint's history
 _RESULT = ("train_loss", "validation_loss", "ema_validation_loss", "tokens", "max_vio", "steps")
 
 STEPS = 12
@@ -51,6 +51,8 @@ SMALL = (
 class Survivor:
     """A run in `folder` that is started as often as it takes.
 
+    As a context manager it leaves no process behind.
+
     Attributes:
         arguments: of `counterflow train`.
         starts: how often it was started.
@@ -63,6 +65,26 @@ class Survivor:
     starts: int = 0
     said: list[str] = field(default_factory=list[str])
     process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """End whatever of this run is still there: what was started in its folder."""
+        process = self.process
+        if process is None:
+            return
+        process.kill()  # first, or it would start what ends again
+        folder = self.folder.resolve()
+        for entry in Path("/proc").iterdir():
+            with suppress(OSError):
+                if entry.name.isdigit() and (entry / "cwd").readlink() == folder:
+                    _kill(int(entry.name))
+        if process.stderr is not None and not process.stderr.closed:
+            process.communicate()
 
     @property
     def run(self) -> Path:
@@ -94,7 +116,7 @@ class Survivor:
         try:
             _, errors = self.process.communicate(timeout=LIMIT_S)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            self.kill()
             raise AssertionError(f"the run did not end within {LIMIT_S:g} s") from None
         self.said.append(errors)
         return self.process.returncode
@@ -146,13 +168,20 @@ class Survivor:
         return found
 
     def kill_rank(self, rank: int) -> None:
-        os.kill(self.ranks()[rank], signal.SIGKILL)
-        assert self.end() != 0
+        """SIGKILL of a rank, if it is still there: whoever comes too late has lost nothing."""
+        pid = self.ranks().get(rank)
+        if pid is not None:
+            _kill(pid)
+        status = self.end()
+        assert pid is None or status != 0
 
     def kill_all_ranks(self) -> None:
-        for pid in self.ranks().values():
-            os.kill(pid, signal.SIGKILL)
-        assert self.end() != 0
+        """The same of all ranks."""
+        pids = self.ranks().values()
+        for pid in pids:
+            _kill(pid)
+        status = self.end()
+        assert not pids or status != 0
 
     def kill_launcher(self) -> None:
         """The kernel then ends the ranks."""
@@ -166,11 +195,16 @@ class Survivor:
             time.sleep(0.02)
 
     def steps_saved(self) -> list[int]:
-        """Steps of the finished checkpoints, newest first."""
-        return [open_checkpoint(path).step for path in checkpoints_in(self.checkpoints)]
+        """Steps of the finished checkpoints, newest first, by their names."""
+        return [step_of(path) for path in checkpoints_in(self.checkpoints)]
 
     def newest(self) -> Path:
         return checkpoints_in(self.checkpoints)[0]
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _is_alive(pid: int) -> bool:
@@ -202,11 +236,17 @@ class Outcome:
     Attributes:
         curve: the training and validation lines of metrics.jsonl, without times.
         tensors: of the newest checkpoint: parameters, optimizer states, averages, biases.
+        values: of the newest checkpoint: where the data stand, the guard, what the history tells
+            but for times and starts.
+        random: of the newest checkpoint, by rank: the state of torch's generator. Python's is
+            seeded by the system, so no two runs have the same.
         result: numbers of result.json.
     """
 
     curve: list[dict[str, Any]]
     tensors: dict[str, torch.Tensor]
+    values: dict[str, Any]
+    random: list[str]
     result: dict[str, Any]
 
     @classmethod
@@ -215,8 +255,10 @@ class Outcome:
         manifest = open_checkpoint(run.newest())
         told = json.loads((run.run / "result.json").read_text(encoding="utf-8"))
         return cls(
-            [{k: v for k, v in line.items() if k not in _TIMES} for line in kept],
+            [{k: v for k, v in line.items() if not k.startswith(_MEASURED)} for line in kept],
             {name: manifest.read(name) for name in manifest.tensors},
+            _determined(manifest.values),
+            [of["random"]["torch"] for of in manifest.content.own],
             {name: told[name] for name in _RESULT},
         )
 
@@ -228,9 +270,31 @@ class Outcome:
         if self.tensors.keys() != other.tensors.keys():
             return f"tensors: {sorted(self.tensors.keys() ^ other.tensors.keys())[:3]}"
         for name, tensor in self.tensors.items():
-            if not torch.equal(tensor, other.tensors[name]):
+            if not _same_bytes(tensor, other.tensors[name]):
                 return f"tensor {name}"
+        for name in sorted(self.values.keys() | other.values.keys()):
+            if self.values.get(name) != other.values.get(name):
+                return f"{name}: {self.values.get(name)} and {other.values.get(name)}"
+        if self.random != other.random:
+            return "random states"
         return "" if self.result == other.result else f"{self.result} and {other.result}"
+
+
+def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """0.0 and -0.0 are not, two NaNs may be."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    flat, flat_other = (tensor.reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(flat, flat_other)
+
+
+def _determined(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What training determines of a checkpoint's values: not times, starts, stops, the command."""
+    history = {k: v for k, v in values["history"].items() if k not in _OF_STARTS}
+    history["recent"] = [
+        {k: v for k, v in result.items() if k != "asked"} for result in history["recent"]
+    ]
+    return {k: v for k, v in values.items() if k != "config"} | {"history": history}
 
 
 def clear(run: Survivor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ..model import partition
 from ..parallel.schedule import Schedule
 from .config import Config
@@ -23,6 +25,7 @@ def check(config: Config) -> None:
     check_sizes(config)
     if config.metrics.wandb:
         require_wandb()
+    _check_weights(config)
     _check_backend(config)
     _check_sms(config)
     open_data(config)
@@ -57,6 +60,7 @@ def check_sizes(config: Config) -> None:
         ) from None
     check_overlap(config, schedules.values())
     _check_profile(config)
+    _check_guard(config)
     if config.data.sequence_length > model.max_position_embeddings:
         raise ConfigError(
             f"data.sequence_length={config.data.sequence_length} is more than "
@@ -66,6 +70,16 @@ def check_sizes(config: Config) -> None:
         raise ConfigError(
             f"data.sequence_length={config.data.sequence_length} leaves nothing to predict at "
             f"model.num_nextn_predict_layers={model.num_nextn_predict_layers}"
+        )
+
+
+def _check_weights(config: Config) -> None:
+    """Raise if the weights to begin with are not there."""
+    path = Path(config.checkpoint.weights)
+    if config.checkpoint.weights and not path.is_dir():
+        raise ConfigError(
+            f"checkpoint.weights={config.checkpoint.weights!r}: no such folder; give runs/NAME of "
+            "a run that has saved one, the folder of a checkpoint, or a Hugging Face folder"
         )
 
 
@@ -106,6 +120,19 @@ def _check_deepspeed(config: Config) -> None:
         raise ConfigError(
             f"zero.backend=deepspeed with mesh.ep={mesh.ep}: it does not know experts that are "
             "spread over ranks; set zero.backend to counterflow, or mesh.ep to 1"
+        )
+
+
+def _check_guard(config: Config) -> None:
+    """Raise if the loss is to lead back to checkpoints that there will not be."""
+    guard, checkpoint = config.guard, config.checkpoint
+    if "rollback" in (guard.on_nan, guard.on_spike) and not (
+        checkpoint.enabled and checkpoint.every
+    ):
+        raise ConfigError(
+            "guard.on_nan or guard.on_spike is rollback, but checkpoint.enabled is false or "
+            "checkpoint.every is 0: there would be no checkpoint to go back to; save some, or "
+            "take skip or stop"
         )
 
 

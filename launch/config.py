@@ -64,7 +64,9 @@ class RunConfig:
         0, "times that all ranks are started again, from the last checkpoint, after one was lost"
     )
     logs: bool = option(
-        False, "each rank's output goes to FOLDER/NAME/logs/rankN.log too, after what is there"
+        False,
+        "each rank's output goes to FOLDER/NAME/logs (rank00000.log and so on) too, after what is "
+        "there",
     )
 
     def __post_init__(self) -> None:

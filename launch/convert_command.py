@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .checkpoint.errors import CheckpointError
 from .checkpoint.read import Manifest, open_checkpoint, verify
 from .convert_hf import from_hf, require_new, to_hf
 from .convert_weights import candidates, newest_good
@@ -70,23 +71,31 @@ def _from_hf(parsed: argparse.Namespace) -> int:
 
 def _info(parsed: argparse.Namespace) -> int:
     path = candidates(Path(parsed.checkpoint))[0]
-    manifest = open_checkpoint(path)
     problems = verify(path)
+    manifest = _opened(path)
     if parsed.json:
-        print(json.dumps(_facts(manifest, problems)))
+        print(json.dumps(_facts(path, manifest, problems)))
     else:
-        _print(manifest, problems)
+        _print(path, manifest, problems)
     return 1 if problems else 0
 
 
-def _facts(manifest: Manifest, problems: list[str]) -> dict[str, Any]:
-    """What `info --json` prints."""
+def _opened(path: Path) -> Manifest | None:
+    """None where the manifest is damaged, of which `verify` tells."""
+    try:
+        return open_checkpoint(path)
+    except CheckpointError:
+        return None
+
+
+def _facts(path: Path, manifest: Manifest | None, problems: list[str]) -> dict[str, Any]:
+    """What `info --json` prints; no more than the first three where the manifest is damaged."""
+    facts: dict[str, Any] = {"path": str(path), "verified": not problems, "problems": problems}
+    if manifest is None:
+        return facts
     content, config = manifest.content, manifest.values.get("config", {})
-    return {
-        "path": str(manifest.path),
+    return facts | {
         "step": manifest.step,
-        "verified": not problems,
-        "problems": problems,
         "bytes": content.num_bytes,
         "ranks": len(content.own),
         "mesh": config.get("mesh"),
@@ -102,8 +111,18 @@ def _facts(manifest: Manifest, problems: list[str]) -> dict[str, Any]:
     }
 
 
-def _print(manifest: Manifest, problems: list[str]) -> None:
-    facts = _facts(manifest, problems)
+def _print(path: Path, manifest: Manifest | None, problems: list[str]) -> None:
+    if manifest is None:
+        print(f"{path}: nothing is known of what it holds")
+    else:
+        _print_content(manifest)
+    print("verified: every file is as it was written" if not problems else "DAMAGED:")
+    for problem in problems:
+        print(f"  {problem}")
+
+
+def _print_content(manifest: Manifest) -> None:
+    facts = _facts(manifest.path, manifest, [])
     mesh = facts["mesh"]
     layout = "parameters alone"
     if mesh:
@@ -122,9 +141,6 @@ def _print(manifest: Manifest, problems: list[str]) -> None:
     ]
     body.append(("files", "", f"{len(manifest.content.files):,}", f"{facts['bytes'] / _GIB:.3f}"))
     print_table("What it holds", ("", "dtype", "number", "GiB"), body, names=2)
-    print("verified: every file is as it was written" if not problems else "DAMAGED:")
-    for problem in problems:
-        print(f"  {problem}")
 
 
 def _kind(name: str) -> str:

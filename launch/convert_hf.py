@@ -24,7 +24,8 @@ from .checkpoint.files import Entry, in_order, write_bytes, write_file
 from .checkpoint.folders import MANIFEST, part_folder, put_in_place, sync_folder
 from .checkpoint.manifest import Chunk, Content, FileRecord, TensorRecord, written
 from .checkpoint.read import Manifest
-from .convert_weights import BUFFERS, PARAMETERS, model_of, read_elements
+from .checkpoint.weights import BUFFERS, PARAMETERS
+from .convert_weights import model_of, read_elements
 from .settings import to_toml
 
 _EMA, _MASTERS = "ema/", "optimizer/master/"

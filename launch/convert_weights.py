@@ -1,6 +1,6 @@
 """A checkpoint's weights: found, read in stretches, and loaded into a model that is to be trained.
 
-Everything here is done by each process on its own, without torch.distributed.
+`load_weights` is a collective of a run's ranks; all else needs no torch.distributed.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 from ..model import ModelConfig, load_hf
-from .checkpoint.errors import CheckpointError, told
-from .checkpoint.files import problem_of, read_into
+from .checkpoint.errors import CheckpointError, unreadable
+from .checkpoint.files import read_into
 from .checkpoint.folders import MANIFEST
-from .checkpoint.pieces import Held, Piece
 from .checkpoint.read import Manifest, checkpoints_in, open_checkpoint, verify
+from .checkpoint.reader import Reader
+from .checkpoint.weights import weight_pieces
 from .engine import Engine
 from .settings import Given, apply
 
 _log = logging.getLogger(__name__)
-PARAMETERS, BUFFERS = "parameters/", "buffers/"
 _IN_RUN = "checkpoints"  # of a run's folder
+_HF = "config.json"  # of a Hugging Face folder
 
 
 def candidates(path: Path) -> list[Path]:
@@ -35,15 +36,13 @@ def candidates(path: Path) -> list[Path]:
 
     Raises:
         CheckpointError: there are none.
+        OSError: the path cannot be looked into now.
     """
     if (path / MANIFEST).exists():
         return [path]
     found: list[Path] = []
     if path.is_dir():
-        try:
-            found = checkpoints_in(path / _IN_RUN) or checkpoints_in(path)
-        except OSError as error:
-            raise told(error, path, "cannot be looked into") from None
+        found = checkpoints_in(path / _IN_RUN) or checkpoints_in(path)
     if not found:
         raise CheckpointError(
             f"{path}: no checkpoint there; give runs/NAME of a run that has saved one, or the "
@@ -59,6 +58,7 @@ def newest_good(path: Path) -> Manifest:
 
     Raises:
         CheckpointError: there is none.
+        OSError: one cannot be read now, so nobody knows whether it is damaged.
     """
     problems: list[str] = []
     for candidate in candidates(path):
@@ -114,71 +114,42 @@ def read_elements(manifest: Manifest, name: str, offset: int, target: Tensor) ->
             with path.open("rb", buffering=0) as file:
                 read_into(file, begin, record.dtype, target[first - offset : last - offset])
         except OSError as error:
-            raise told(error, path, "cannot be read") from None
+            raise CheckpointError(unreadable(error, path)) from None
 
 
 @torch.no_grad()
 def load_weights(path: str | Path, engine: Engine) -> None:
-    """Fill this rank's parameters and routers' biases; everything else stays as it was made.
+    """Fill parameters and routers' biases; all else stays as it was made. A collective.
 
-    Float32 masters follow; moments do not, so call it before the first step. Each rank reads what
-    it holds, and verifies the files that it reads.
+    Float32 masters follow; moments do not, so call it before the first step. The ranks share out
+    the files that are verified, and each reads what it holds.
 
     Args:
-        path: a checkpoint of any layout, a folder of checkpoints or of a run (its newest one), or a
-            Hugging Face folder.
+        path: a checkpoint of any layout, a folder of checkpoints or of a run (its newest undamaged
+            one), or a Hugging Face folder; rank 0 looks which.
         engine: of this rank.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or does not fit the model; names the tensors.
+        CheckpointError: there is no checkpoint, all are damaged, or it does not fit the model;
+            names the tensors; on all ranks.
+        ReadError: what is there cannot be read now; on all ranks.
+        ValueError: the Hugging Face folder does not fit the model.
+        CommError: another rank is gone or did not answer in time.
     """
-    path = Path(path)
-    if (path / "config.json").exists():
+    path, mesh = Path(path), engine.mesh
+    reader = Reader(mesh.world_group, timeout_s=None, board=mesh.waits)
+    hugging_face = path / _HF
+
+    def look() -> list[Path]:
+        return [hugging_face] if hugging_face.exists() else candidates(path)
+
+    paths = reader.agreed_paths(look, path)
+    if paths == [hugging_face]:
         for part in engine.parts.values():
             load_hf(part, path)
     else:
-        _load(open_checkpoint(candidates(path)[0]), list(_pieces(engine)))
-    updated = engine.optimizer.parameters
-    for name, master in engine.optimizer.masters.items():
-        master.copy_(updated[name])
-
-
-def _load(manifest: Manifest, pieces: list[Piece]) -> None:
-    records, problems = manifest.content.records, []
-    for name, shape in dict.fromkeys((piece.name, piece.shape) for piece in pieces):
-        if name not in records:
-            problems.append(f"{name}: missing")
-        elif records[name].shape != shape:
-            problems.append(f"{name}: {list(records[name].shape)}, not {list(shape)}")
-    if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise CheckpointError(
-            f"{manifest.path} does not fit the model in {len(problems)} tensors: "
-            f"{', '.join(problems[:8])}{more}; take [model] from the configuration it was saved by"
-        )
-    for file in sorted(_files(manifest, pieces)):
-        if problem := problem_of(manifest.path / file, manifest.content.files[file]):
-            raise CheckpointError(problem)
-    for piece in pieces:
-        read_elements(manifest, piece.name, piece.offset, piece.data)
-
-
-def _files(manifest: Manifest, pieces: Iterable[Piece]) -> set[str]:
-    """The files that have elements of these pieces."""
-    found: set[str] = set()
-    for piece in pieces:
-        end = piece.offset + piece.data.numel()
-        for chunk in manifest.content.records[piece.name].chunks:
-            if chunk.offset < end and piece.offset < chunk.offset + chunk.length:
-                found.add(chunk.file)
-    return found
-
-
-def _pieces(engine: Engine) -> Iterable[Piece]:
-    for name, parameter in engine.parameters.items():
-        flat = parameter.detach().view(-1)
-        yield from engine.held[name].pieces(PARAMETERS + name, flat)
-    for part in engine.parts.values():
-        for name, tensor in part.state_dict(keep_vars=True).items():
-            if not isinstance(tensor, torch.nn.Parameter):
-                yield from Held.entire(tensor).pieces(BUFFERS + name, tensor.view(-1))
+        found = reader.newest(paths, remedy="repair one, or take other weights")
+        assert found is not None  # there are paths
+        pieces = weight_pieces(engine.parameters, engine.held, engine.parts.values())
+        reader.load(found, pieces)
+    engine.optimizer.take_wholes()

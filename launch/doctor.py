@@ -22,7 +22,7 @@ from ..comm.topology import (
     rank_told,
 )
 from .doctor_facts import find_facts
-from .doctor_look import Looked, leave_status, look, measuring_device, with_preflight
+from .doctor_look import Looked, leave_status, look, with_preflight
 from .doctor_options import DoctorOptions
 from .doctor_print import as_json, print_facts
 from .doctor_ranks import met
@@ -63,13 +63,11 @@ def run(parsed: argparse.Namespace) -> int:
     try:
         place = place_of_process(environ, timeout_s=options.timeout_s)
         device = device_of_rank(place.local_rank, gpus, environ.get("CUDA_VISIBLE_DEVICES"))
-        measures_on, backend = "cpu", None
-        if options.bandwidth and place.world_size > 1:
-            measures_on = measuring_device(place, config)
-            backend = "cpu:gloo,cuda:nccl" if measures_on == "cuda" else "gloo"
+        # Bandwidths are measured by groups of their own, if nodes turn out to be well.
+        backend = "gloo" if options.bandwidth and place.world_size > 1 else None
         with met(place, device, environ, timeout_s=options.timeout_s, backend=backend) as ranks:
             topology = ranks.topology
-            looked = look(options, config, place, ranks, gpus, environ, measures_on)
+            looked = look(options, config, place, ranks, gpus, environ)
     except BaselineError as error:
         problem, status = str(error), MISTAKE
     except (CommError, ValueError) as error:

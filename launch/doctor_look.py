@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ..comm.topology import GpuFacts, ProcessPlace, Topology
 from .doctor_options import DoctorOptions
-from .preflight.finding import Finding
+from .preflight.finding import Finding, decided, load_findings, status_of
+from .preflight.host_memory import memory_of_machine
 from .preflight.nodes import node_name
-from .preflight.run import config_findings, memory_of_machine, node_findings
+from .preflight.run import config_findings, node_findings
 from .preflight.together import Gather, look_together
 
 if TYPE_CHECKING:
@@ -50,14 +51,6 @@ def with_preflight(options: DoctorOptions, config: Config) -> DoctorOptions:
     return replace(options, bandwidth=section.bandwidth, baseline=baseline, least_share=share)
 
 
-def measuring_device(place: ProcessPlace, config: Config | None) -> str:
-    """Where this rank measures bandwidth: "cuda" or "cpu"."""
-    from .torchrun import choose_device
-
-    wanted = "auto" if config is None else config.run.device
-    return choose_device(wanted, place.local_world_size or 1)
-
-
 def look(
     options: DoctorOptions,
     config: Config | None,
@@ -65,9 +58,11 @@ def look(
     ranks: Ranks,
     gpus: GpuFacts,
     environ: Mapping[str, str],
-    device: str,
 ) -> Looked:
     """Look at this node, and with the other ranks at what they must have alike; a collective.
+
+    Before a run bandwidths are only measured where nothing is bad already: a GPU that is ill would
+    keep all others waiting.
 
     Args:
         options: the command's.
@@ -76,7 +71,6 @@ def look(
         ranks: all of them.
         gpus: of this machine.
         environ: of this process.
-        device: "cuda" or "cpu", for bandwidths.
 
     Returns:
         The same on every rank, but for the estimate, which rank 0 has.
@@ -93,7 +87,10 @@ def look(
     if options.preflight and config is not None:
         of_run = max(of_run, -(-config.mesh.world_size // topology.num_nodes))
     findings: list[Finding] = []
-    if place.rank == on_node[0]:
+    if place.rank == on_node[0] and options.findings_from is not None:
+        told = load_findings(options.findings_from)
+        findings = [f if not f.node else replace(f, node=node) for f in told]
+    elif place.rank == on_node[0]:
         findings = node_findings(environ, node=node, ranks=of_run, gpus_wanted=options.gpus_wanted)
     estimate = None
     if config is not None and place.rank == 0 and not options.preflight:
@@ -110,9 +107,11 @@ def look(
             findings=findings,
             folder=None if config is None else config.run.path,
         )
+    else:
+        findings = decided(findings, [node])
     measured = None
-    if options.bandwidth:
-        measured, more = _measure(options, place, ranks, names, device)
+    if options.bandwidth and not (options.preflight and status_of(findings)):
+        measured, more = _measure(options, config, place, ranks, names)
         findings += more
     return Looked(tuple(findings), measured, estimate)
 
@@ -144,17 +143,19 @@ def _look_at_run(
     # Alone, nobody knows how many ranks this machine will have: as many as the run starts here.
     here = ranks if ranks > 1 else config.run.nproc or config.mesh.world_size
     where = "" if options.gpu_memory_gib is not None else node
-    return estimate, config_findings(
+    found = config_findings(
         config, device=device, memory_bytes=memory, ranks=here, node=where, estimate=estimate
     )
+    # One rank looks for all, so what it finds is the run's.
+    return estimate, [replace(finding, node="") for finding in found]
 
 
 def _measure(
     options: DoctorOptions,
+    config: Config | None,
     place: ProcessPlace,
     ranks: Ranks,
     names: Sequence[str],
-    device: str,
 ) -> tuple[Measured, list[Finding]]:
     """Bandwidths of all nodes; rank 0 reads and writes the files."""
     import torch
@@ -169,6 +170,7 @@ def _measure(
             "--bandwidth takes several ranks; start it as torchrun --nproc-per-node 8 -m "
             "counterflow doctor --bandwidth, or with srun or mpirun"
         )
+    device = _shared_device(place, config, ranks.gather)
     baseline = _shared_baseline(options.baseline, place.rank, ranks.gather)
     where, kind, sizes = torch.device("cpu"), find_host().cpu, CPU_SIZES
     if device == "cuda":
@@ -191,6 +193,33 @@ def _measure(
     if options.save_baseline is not None and place.rank == 0:
         save_baseline(options.save_baseline, measured)
     return measured, bandwidth_findings(measured, baseline, share)
+
+
+def _shared_device(place: ProcessPlace, config: Config | None, gather: Gather) -> str:
+    """Where all ranks measure bandwidth: "cuda" or "cpu".
+
+    Raises:
+        ValueError: on every rank, where one lacks the device or they have different ones.
+    """
+    from .torchrun import choose_device
+
+    wanted = "auto" if config is None else config.run.device
+    problem, device = "", ""
+    try:
+        device = choose_device(wanted, place.local_world_size or 1)
+    except ValueError as error:
+        problem = f"rank {place.rank}: {error}"
+    told = gather((device, problem), "tell where they measure")
+    if problems := [problem for _, problem in told if problem]:
+        raise ValueError(problems[0])
+    devices = [device for device, _ in told]
+    if len(set(devices)) > 1:
+        odd = next(rank for rank, one in enumerate(devices) if one != devices[0])
+        raise ValueError(
+            f"rank 0 would measure bandwidth on {devices[0]}, rank {odd} on {devices[odd]}; see to "
+            "the GPUs of both, or set run.device"
+        )
+    return devices[0]
 
 
 def _shared_baseline(path: Path | None, rank: int, gather: Gather) -> Baseline | None:

@@ -24,6 +24,7 @@ class DoctorOptions:
         least_share: of the baseline, below which a node is bad; None: the configuration's.
         preflight: print findings alone, as before a run, by the configuration's [preflight].
         gpus_wanted: that the run needs on each node; None takes those that there are.
+        findings_from: a file of what was found on this node already; None: look now.
         status_to: a file that gets the exit status, which is then 0: of torchrun's ranks each
             other one would be told as a failure.
     """
@@ -38,6 +39,7 @@ class DoctorOptions:
     least_share: float | None = None
     preflight: bool = False
     gpus_wanted: int | None = None
+    findings_from: Path | None = None
     status_to: Path | None = None
 
     @classmethod
@@ -115,4 +117,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print what is wrong and nothing else, as before a run, by --config's [preflight]",
     )
     parser.add_argument("--gpus-wanted", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--findings-from", type=Path, metavar="FILE", help=argparse.SUPPRESS)
     parser.add_argument("--status-to", type=Path, metavar="FILE", help=argparse.SUPPRESS)

@@ -225,16 +225,20 @@ def _memory_section(estimate: MemoryEstimate) -> Section:
     """A column for each part; pipeline ranks that take the same are one row."""
     ranks: dict[tuple[int, ...], list[int]] = {}
     for pp_rank, rank in enumerate(estimate.ranks):
-        ranks.setdefault((*rank.parts.values(), rank.host), []).append(pp_rank)
+        ranks.setdefault((*rank.parts.values(), rank.host, rank.staging), []).append(pp_rank)
     rows: list[tuple[str, ...]] = []
     for sizes, alike in ranks.items():
-        *parts, host = sizes
-        texts = (f"{size / 2**30:.3g}" for size in (*parts, sum(parts), host))
+        *parts, host, staging = sizes
+        texts = (f"{size / 2**30:.3g}" for size in (*parts, sum(parts), host, staging))
         rows.append((", ".join(map(str, alike)), *texts))
     names = list(estimate.ranks[0].parts)
-    head = ("pipeline rank", *names, "sum", "average, in CPU memory")
+    head = ("pipeline rank", *names, "sum", "average, on the host", "saving, on the host")
     where = "a GPU's memory" if estimate.device == "cuda" else "the CPU's memory"
-    notes = ("parameters, gradients and optimizer are exact, the rest is estimated",)
+    notes = (
+        "parameters, gradients, optimizer and activations are predicted, the rest is estimated",
+        "on the host: in CPU memory, the parameters' average and the copy of a checkpoint that is "
+        "written while training goes on",
+    )
     return Section(f"What the run takes of {where} at most, GiB", head, rows, notes)
 
 

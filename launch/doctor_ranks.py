@@ -11,14 +11,12 @@ from typing import NamedTuple, TypeVar
 from ..comm.topology import ProcessPlace, Seat, Topology, gather_topology, this_machine
 from ..comm.topology.mpi import gather_in_mpi, load_mpi
 from .preflight.together import Gather
+from .slurm.address import derived_port
 from .slurm.hostlist import parse_hostlist
 from .torchrun import free_port
 from .world import Place, joined
 
 T = TypeVar("T")
-
-# Below the ports that Linux gives to outgoing connections (from 32768).
-_FIRST_PORT, _NUM_PORTS = 20000, 12000
 
 
 class Ranks(NamedTuple):
@@ -125,9 +123,7 @@ def meeting_of_step(place: ProcessPlace, environ: Mapping[str, str]) -> Place:
                 f"rank 0 is on node {place.node} of the Slurm step, so the ranks cannot meet on "
                 "its first node; export MASTER_ADDR, the host of rank 0"
             )
-    steps = [environ.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")]
-    number = sum(17 * int(text) if text.isdigit() else 0 for text in steps)
-    port = environ.get("MASTER_PORT") or str(_FIRST_PORT + number % _NUM_PORTS)
+    port = environ.get("MASTER_PORT") or str(derived_port(environ))
     return Place.of(
         {
             "RANK": str(place.rank),

@@ -1,15 +1,22 @@
-"""Errors that end a rank and that are not told by it as its own mistake."""
+"""Errors that end a rank and are no mistake of its user's, and mistakes that several ranks find."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .life.status import FAILED, MISTAKE
 
+_QUIET_S = 3.0  # in which rank 0 tells what most likely all have found, and its end ends the others
+
 
 class SaveError(RuntimeError):
-    """A run that was asked to stop could not save where it stood; what to do stands in it."""
+    """What a run has trained could not be saved; what to do stands in it."""
+
+
+class ReadError(RuntimeError):
+    """A checkpoint could not be read now, which does not mean that it is damaged."""
 
 
 class ToldError(RuntimeError):
@@ -26,14 +33,31 @@ class ToldError(RuntimeError):
 
 @contextmanager
 def alike_on_all(rank: int) -> Iterator[None]:
-    """Within this context a ValueError is one that every rank raises: rank 0 alone tells it.
+    """Within this context a mistake is one that every rank finds, from what they have exchanged.
+
+    Rank 0 alone tells it.
 
     Raises:
-        ToldError: in its stead, on the other ranks.
+        ToldError: in the stead of ValueError, SaveError and ReadError, on the other ranks.
     """
     try:
         yield
-    except ValueError as error:
+    except (ValueError, SaveError, ReadError) as error:
         if rank == 0:
             raise
-        raise ToldError(str(error), MISTAKE) from error
+        status = MISTAKE if isinstance(error, ValueError) else FAILED
+        raise ToldError(str(error), status) from error
+
+
+@contextmanager
+def rank_0_first(rank: int) -> Iterator[None]:
+    """Within this context a mistake is one that the others most likely find too, by themselves.
+
+    They wait a moment before they tell it.
+    """
+    try:
+        yield
+    except ValueError:
+        if rank:
+            time.sleep(_QUIET_S)
+        raise

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .engine import StepResult
+from .plain import finite
 
 # What a result says of the end of training is a mean over this many steps.
 LAST = 10
@@ -50,6 +51,15 @@ class History:
         self.tokens += tokens
         self.recent.append(result)
 
+    @property
+    def train_loss(self) -> float | None:
+        """Mean of the last steps' main loss, nats per token; of those that led to an update.
+
+        None where none of them did.
+        """
+        losses = [result.losses["main"] for result in self.recent if result.updated]
+        return float(np.mean(losses)) if losses else None
+
     def averaged(self, key: str) -> dict[str, float]:
         """The averaged parameters' loss under `key`; nothing where it was not measured."""
         return {} if self.ema_validation_loss is None else {key: self.ema_validation_loss}
@@ -64,27 +74,32 @@ class History:
         return {layer: load.tolist() for layer, load in sums.items()}
 
     def state(self) -> dict[str, Any]:
-        """As plain JSON."""
-        return {
+        """As plain JSON: numbers that are not finite are None."""
+        state = {
             "step": self.step,
             "seconds": self.seconds,
             "tokens": self.tokens,
             "recent": [asdict(result) for result in self.recent],
-            "validation_loss": _or_none(self.validation_loss),
+            "validation_loss": self.validation_loss,
             "ema_validation_loss": self.ema_validation_loss,
             "resumed": list(self.resumed),
         }
+        return finite(state)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Become what `state` told."""
+        """Become what `state` told; its infinite losses are NaN."""
         self.step, self.seconds, self.tokens = state["step"], state["seconds"], state["tokens"]
         self.recent.clear()
-        self.recent.extend(StepResult(**result) for result in state["recent"])
-        loss = state["validation_loss"]
-        self.validation_loss = math.nan if loss is None else loss
+        self.recent.extend(_result(told) for told in state["recent"])
+        self.validation_loss = _number(state["validation_loss"])
         self.ema_validation_loss = state["ema_validation_loss"]
         self.resumed = list(state["resumed"])
 
 
-def _or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _result(told: Mapping[str, Any]) -> StepResult:
+    losses = {name: _number(loss) for name, loss in told["losses"].items()}
+    return StepResult(**{**told, "losses": losses, "grad_norm": _number(told["grad_norm"])})
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value

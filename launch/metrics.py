@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
+from .line_file import Keep, LineFile
 from .metrics_config import MetricsConfig
 from .metrics_wandb import WandbBoard
+from .plain import finite
 
 _log = logging.getLogger(__name__)
 FILE = "metrics.jsonl"
@@ -23,13 +23,15 @@ class MetricsWriter:
     """Writes to FOLDER/metrics.jsonl and, as configured, to FOLDER/tensorboard and W&B.
 
     Every line is complete and on its way to the disk when `write` returns, so a run that is killed
-    leaves all its lines. For one process of a run only.
+    leaves all its lines. A disk that is full stops nothing: see `LineFile`. For one process of a
+    run only.
 
     Args:
         folder: of the run; made if it is not there.
         config: what to write beside the file.
-        resume_step: the step that the run goes on after: lines of later steps, and half a line that
-            a killed run left, are dropped, so that the file has every step once. None begins anew.
+        resume_step: the step that the run goes on after: lines of later steps, its own evaluation,
+            which comes after its checkpoint and is made again, and half a line that a killed run
+            left, are dropped, so that the file has every step once. None begins anew.
         run: what W&B is told of the run: its configuration, as plain JSON.
     """
 
@@ -41,15 +43,18 @@ class MetricsWriter:
         resume_step: int | None = None,
         run: Mapping[str, Any] | None = None,
     ) -> None:
-        self._folder = Path(folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         config = config or MetricsConfig()
-        self._with_tensorboard = config.tensorboard
-        self._file, self._board = self._open(resume_step)
+        resumed = resume_step is not None
+        self._events = folder / _TENSORBOARD
+        if resume_step is None:
+            _remove_events(self._events)
+        self._lines = LineFile(folder / FILE, None if resume_step is None else _until(resume_step))
+        self._board = _tensorboard(self._events, resume_step) if config.tensorboard else None
         self._wandb: WandbBoard | None = None
         if config.wandb:
-            resumed = resume_step is not None
-            self._wandb = WandbBoard(self._folder, config.wandb_project, run or {}, resumed=resumed)
+            self._wandb = WandbBoard(folder, config.wandb_project, run or {}, resumed=resumed)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Add a line {"kind": kind, "step": step, **values}.
@@ -60,27 +65,30 @@ class MetricsWriter:
             values: numbers, or lists of them; TensorBoard and W&B get the numbers only. A number
                 that is not finite, for which JSON has no word, is written as null.
         """
-        line = {"kind": kind, "step": step, **values}
-        json.dump(_finite(line), self._file, allow_nan=False)
-        self._file.write("\n")
-        self._file.flush()
+        line = finite({"kind": kind, "step": step, **values})
+        self._lines.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         numbers = {f"{kind}/{name}": value for name, value in values.items() if _is_number(value)}
-        if self._board is not None:
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, step)
+        self._to_board(numbers, step)
         if self._wandb is not None:
             self._wandb.write(step, numbers)
 
+    def sync(self) -> None:
+        """Have all lines on the disk itself, as a checkpoint is that tells of the same steps."""
+        self._lines.sync()
+
     def rewind(self, step: int) -> None:
-        """Forget what was written of steps after `step`: the run has gone back to it.
+        """Forget what a run that has gone back to `step` makes again, as `resume_step` has it.
 
         W&B, which forgets nothing, shows those steps twice.
         """
-        self._close_files()
-        self._file, self._board = self._open(step)
+        self._lines.cut(_until(step))
+        if self._board is not None:
+            self._close_board()
+            self._board = _tensorboard(self._events, step)
 
     def close(self) -> None:
-        self._close_files()
+        self._lines.close()
+        self._close_board()
         if self._wandb is not None:
             self._wandb.close()
 
@@ -95,70 +103,53 @@ class MetricsWriter:
     ) -> None:
         self.close()
 
-    def _open(self, resume_step: int | None) -> tuple[TextIO, Any]:
-        path, events = self._folder / FILE, self._folder / _TENSORBOARD
-        if resume_step is None:
-            for old in events.glob("events.out.tfevents.*"):
-                old.unlink(missing_ok=True)
-        elif path.exists():
-            keep_until(path, resume_step)
-        file = path.open("w" if resume_step is None else "a", encoding="utf-8")
-        return file, _tensorboard(events, resume_step) if self._with_tensorboard else None
+    def _to_board(self, numbers: Mapping[str, float], step: int) -> None:
+        if self._board is None:
+            return
+        try:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
+        except Exception as error:  # what its thread met, such as a full disk
+            self._board = None
+            _log.warning("no more is written for TensorBoard after step %d: %s", step, error)
 
-    def _close_files(self) -> None:
-        self._file.close()
-        if self._board is not None:
+    def _close_board(self) -> None:
+        if self._board is None:
+            return
+        try:
             self._board.close()
+        except Exception as error:
+            _log.warning("TensorBoard's files lack their end: %s", error)
+        self._board = None
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop from a file of metrics, at once, what a run that goes on after `step` writes again.
+def _until(step: int) -> Keep:
+    """Which lines stay of a run that goes on after `step`: all until then but its evaluation."""
 
-    That is all lines of later steps, the evaluation after `step`, and half lines.
-    """
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.writelines(_lines_until(path, step))
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    def keep(text: bytes) -> bool:
+        try:
+            line = json.loads(text)
+            found, kind = line["step"], line["kind"]
+        except (ValueError, TypeError, KeyError):
+            return False
+        if not isinstance(found, int) or found > step:
+            return False
+        return (found, kind) != (step, "validation")
 
-
-def _lines_until(path: Path, step: int) -> Iterator[str]:
-    dropped = 0
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for text in file:
-            found = _step_and_kind(text)
-            if found is None:
-                dropped += 1
-            elif found[0] <= step and found != (step, "validation"):
-                yield text
-    if dropped:
-        _log.info("%s: %d lines that were not written to their end are dropped", path, dropped)
-
-
-def _step_and_kind(text: str) -> tuple[int, str] | None:
-    """What a whole line is of; None of what is none."""
-    try:
-        line = json.loads(text)
-        step, kind = line["step"], line["kind"]
-    except (ValueError, TypeError, KeyError):
-        return None
-    return (step, kind) if text.endswith("\n") and isinstance(step, int) else None
+    return keep
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return value
+def _remove_events(folder: Path) -> None:
+    """An earlier run's would be shown with this one's."""
+    for old in folder.glob("events.out.tfevents.*"):
+        try:
+            old.unlink(missing_ok=True)
+        except OSError as error:
+            _log.warning("%s is of an earlier run and cannot be removed: %s", old, error.strerror)
 
 
 def _tensorboard(folder: Path, resume_step: int | None) -> Any:

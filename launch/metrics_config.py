@@ -16,7 +16,11 @@ class MetricsConfig:
     tensorboard: bool = option(True, "write TensorBoard's files where it is installed")
     wandb: bool = option(False, "send to Weights & Biases (the package wandb must be installed)")
     wandb_project: str = option("counterflow", "project of Weights & Biases")
-    gpu_every: int = option(10, "steps between readings of the GPUs' power and use, 0 for none")
+    gpu_every: int = option(
+        10,
+        "steps between readings of the GPUs' power and use, and of all ranks' memory and waits; 0 "
+        "for none",
+    )
     peak_tflops: float | None = option(
         None,
         "dense BF16 peak of one GPU, TFLOP/s, that MFU is a share of; none: by the GPU's name, and "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -200,6 +200,12 @@ class Optimizer:
                 adam_state(self._adam, self._updated[name])["step"].fill_(steps.max())
         self._steps = {}
 
+    @torch.no_grad()
+    def take_wholes(self) -> None:
+        """Masters become what the parameters are, which have been changed from outside."""
+        for parameter, updated in self._pairs():
+            updated.copy_(parameter)
+
     def _pairs(self) -> Iterable[tuple[nn.Parameter, nn.Parameter]]:
         for name, parameter in self._parameters.items():
             if self._updated[name] is not parameter:
@@ -211,9 +217,9 @@ def clip_by_global_norm(
     owned: Container[str],
     max_norm: float,
     *,
-    asked: int = 0,
+    also: Sequence[float] = (),
     board: WaitBoard | None = None,
-) -> tuple[float, int]:
+) -> tuple[float, list[float]]:
     """Scale the gradients of the whole model to a norm of at most `max_norm`; a collective.
 
     Args:
@@ -222,11 +228,11 @@ def clip_by_global_norm(
             the model must be owned exactly once: of replicas (dp, stages held twice, tied weights,
             experts over dp / ep) by one rank, of sharded experts by each shard's.
         max_norm: the limit; 0 measures only.
-        asked: a number that is summed over the world in the same message.
+        also: numbers that are summed over the world in the same message.
         board: where the wait is announced.
 
     Returns:
-        The norm before scaling and the sum of `asked`, of every rank the same: summed in float64
+        The norm before scaling and the sums of `also`, of every rank the same: summed in float64
         over the world, or over this process where torch.distributed is not initialised. Where the
         norm is not finite, nothing is scaled, and the ranks that own a parameter whose gradient is
         at fault log its name.
@@ -242,12 +248,12 @@ def clip_by_global_norm(
         for name, p in parameters
         if name in owned
     }
-    totals = torch.tensor([0.0, asked], dtype=torch.float64, device=device)
+    totals = torch.tensor([0.0, *also], dtype=torch.float64, device=device)
     for square in squares.values():
         totals[0] += square
     world = dist.group.WORLD if dist.is_initialized() else None
     sum_over(totals, world, "the gradient norm", board=board)
-    total, all_asked = totals.tolist()
+    total, *sums = totals.tolist()
     norm = math.sqrt(total)
     if not math.isfinite(norm):
         bad = [name for name, square in squares.items() if not torch.isfinite(square)]
@@ -258,7 +264,7 @@ def clip_by_global_norm(
             for _, parameter in parameters:
                 assert parameter.grad is not None
                 parameter.grad.mul_(max_norm / norm)
-    return norm, round(all_asked)
+    return norm, sums
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

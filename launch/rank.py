@@ -9,11 +9,12 @@ from contextlib import ExitStack
 from ..comm.errors import CommError
 from .check import check_sizes
 from .config import Config
-from .errors import SaveError, ToldError, alike_on_all
+from .errors import ReadError, SaveError, ToldError, rank_0_first
 from .folder import STOPPED_FILE, claim
 from .life.logs import rank_logs
 from .life.status import FAILED, MISTAKE
 from .life.stop import hold
+from .resume import started_again
 from .start import write_config
 from .torchrun import die_with_launcher
 from .world import Place
@@ -33,13 +34,17 @@ def run_rank(config: Config) -> int:
     die_with_launcher()
     with ExitStack() as held:
         if config.run.logs:  # it forks: before there are threads
-            held.enter_context(rank_logs(config.run.path, place.rank))
+            with rank_0_first(place.rank):
+                held.enter_context(rank_logs(config.run.path, place.rank))
         try:
             return _train(config, place)
         except ValueError as error:
             status = _tell(f"rank {place.rank}: {error}", MISTAKE)
-        except (CommError, SaveError) as error:  # name the rank themselves
+        except (CommError, SaveError, ReadError) as error:  # name the rank themselves
             status = _tell(str(error), FAILED)
+        except OSError as error:  # a disk that is full or gone
+            where = f"{error.filename}: " if error.filename else ""
+            status = _tell(f"rank {place.rank}: {where}{error.strerror or error}", FAILED)
         except ToldError as error:
             status = error.status
     # At once: threads of the communication library may still be in a wait, and the interpreter's
@@ -50,12 +55,14 @@ def run_rank(config: Config) -> int:
 
 
 def _train(config: Config, place: Place) -> int:
-    with alike_on_all(place.rank):
+    with rank_0_first(place.rank):
         config.mesh.require_world_size(place.world_size)
         check_sizes(config)
     with ExitStack() as held:
         if place.rank == 0:
-            held.enter_context(claim(config.run.path))
+            # Of a run that is started again the lost start's lock may stay for a while.
+            wait_s = config.run.timeout_s if started_again() else 0.0
+            held.enter_context(claim(config.run.path, wait_s=wait_s))
             write_config(config)
             (config.run.path / STOPPED_FILE).unlink(missing_ok=True)
         from .trainer import train

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from statistics import median
@@ -29,6 +31,7 @@ from .run_data import (
 _HOW_TO_GET_PICTURES = (
     "The pictures need matplotlib: pip install 'counterflow[plots]', then write the report again."
 )
+_MAX_EVENTS = 200
 # What comes first in the table of results, with its unit; the rest follows as it is.
 _RESULTS = {
     "train_loss": "nats per token",
@@ -48,11 +51,12 @@ _UNITS = {
 }
 
 
-def write_report(folder: Path | str) -> Path:
+def write_report(folder: Path | str, result: dict[str, Any] | None = None) -> Path:
     """Write `report.html` and, where matplotlib is installed, its pictures into a run's folder.
 
     Args:
         folder: `runs/NAME`, with what `run_data` reads.
+        result: in place of what result.json says, of a run that has not written it yet.
 
     Returns:
         The path of `report.html`.
@@ -62,6 +66,8 @@ def write_report(folder: Path | str) -> Path:
     """
     folder = Path(folder)
     run = read_run(folder)
+    if result is not None:
+        run = replace(run, result=result)
     path = folder / "report.html"
     path.write_text(to_html(run, _pictures(run, folder)), encoding="utf-8")
     return path
@@ -103,6 +109,7 @@ def to_html(run: RunData, pictures: Mapping[str, str] | None) -> str:
         _result_section(run),
         "" if pictures is not None else f'<p class="note">{escape(_HOW_TO_GET_PICTURES)}</p>',
         _loss_section(run, drawn.get("loss", "")),
+        _events_section(run.events),
         _timeline_section(run.timeline, drawn.get("timeline", "")),
         _load_section(run.loads, drawn.get("load", "")),
     ]
@@ -171,6 +178,21 @@ def _loss_section(run: RunData, picture: str) -> str:
         + speed
         + _details("Validation losses", _table(("step", "loss, nats per token"), rows), rows)
     )
+
+
+def _events_section(events: Sequence[Mapping[str, Any]]) -> str:
+    """Where the run was stopped, went on, skipped a batch: nothing of one that just ran."""
+    if not events:
+        return ""
+    counts = Counter(str(event.get("kind")).replace("_", " ") for event in events)
+    told = ", ".join(f"{kind} {count}" for kind, count in counts.items())
+    rows = [
+        (_show(e.get("step")), str(e.get("kind")).replace("_", " "), str(e.get("text", "")))
+        for e in events[-_MAX_EVENTS:]
+    ]
+    which = f"The last {_MAX_EVENTS}" if len(events) > _MAX_EVENTS else "All"
+    table = _table(("after step", "what", "said"), rows)
+    return f"<h2>Out of the ordinary</h2>\n<p>{escape(told)}.</p>\n" + _details(which, table, rows)
 
 
 def _shares(run: RunData) -> str:

@@ -116,6 +116,11 @@ class Reporter:
             self._metrics.write(what, self._history.step, text=text, **values)
             self.note(f"step {self._history.step}: {text}")
 
+    def sync(self) -> None:
+        """Have the metrics on the disk itself: before a checkpoint that tells of the same steps."""
+        if self._metrics is not None:
+            self._metrics.sync()
+
     def saved(self, told: list[Saved]) -> None:
         """Checkpoints have been written, or could not be."""
         for save in told:

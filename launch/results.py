@@ -51,7 +51,7 @@ def write_results(
     write_json(folder / "load.json", {"layers": history.loads()})
     shape, results = engine.mesh.shape, history.recent
     return {
-        "train_loss": float(np.mean([r.losses["main"] for r in results])),
+        "train_loss": history.train_loss,
         "validation_loss": history.validation_loss,
         **history.averaged("ema_validation_loss"),
         "unigram_entropy": unigram_entropy(corpus.validation),

@@ -1,8 +1,9 @@
 """What a training run left in its folder, read into plain values for the report.
 
-The files: `metrics.jsonl` (one object a line, of kind "train" or "validation"), `result.json`,
-`timeline.json` (one step as measured) and `load.json` (tokens of each expert, by layer). Each may
-be missing: a run that was ended early has a report too.
+The files: `metrics.jsonl` (one object a line, of kind "train", "validation", or of what was out of
+the ordinary, such as "resume" and "skip"), `result.json`, `timeline.json` (one step as measured)
+and `load.json` (tokens of each expert, by layer). Each may be missing: a run that was ended early
+has a report too.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ class RunData:
         train, validation: the metrics of each kind, in the order of the file.
         timeline: one step, or None.
         loads: by layer.
+        events: the metrics of other kinds, which say in `text` what happened.
     """
 
     name: str
@@ -109,6 +111,7 @@ class RunData:
     validation: tuple[dict[str, Any], ...]
     timeline: Timeline | None
     loads: tuple[Load, ...]
+    events: tuple[dict[str, Any], ...] = ()
 
     @property
     def unigram_entropy(self) -> float | None:
@@ -147,6 +150,7 @@ def read_run(folder: Path) -> RunData:
             tuple(line for line in metrics if line.get("kind") == "validation"),
             None if timeline is None else read_timeline(timeline),
             () if load is None else read_loads(load),
+            tuple(line for line in metrics if line.get("kind") not in ("train", "validation")),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from .config import Config, with_absolute_paths
 from .folder import claim
 from .life.status import DONE
-from .settings import to_toml
+from .settings import ConfigError, to_toml
 from .torchrun import choose_device, free_port, num_gpus, set_threads, start
 
 
@@ -32,7 +32,13 @@ def start_here(config: Config, *, preflight: bool = False) -> int:
         )
     set_threads(device, nproc)
     with claim(config.run.path):
-        path = write_config(config)
+        try:
+            path = write_config(config)
+        except OSError as error:
+            raise ConfigError(
+                f"{config.run.path}: cannot be written: {error.strerror}; make room, or choose "
+                "another run.folder"
+            ) from None
         if preflight:
             from .preflight.run import before_training
 

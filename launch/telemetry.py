@@ -9,13 +9,15 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
+from ..comm.collectives import gather
 from ..parallel.mesh import Mesh
 from .config import Config
 from .engine import StepResult
@@ -23,6 +25,13 @@ from .flops import mfu, peak_tflops, token_flops
 from .telemetry_gpu import GpuMeter
 
 _GIB = 2**30
+# Of what ranks tell of themselves, by key: what is written of all of them.
+_OVER_RANKS: dict[str, dict[str, Callable[[list[float]], float]]] = {
+    "memory_gib": {"max": max},
+    "exposed_comm_ms": {"max": max, "mean": fmean},
+    "gpu_power_w": {"mean": fmean, "min": min, "max": max},
+    "gpu_utilization_percent": {"mean": fmean, "min": min, "max": max},
+}
 
 
 class Telemetry:
@@ -48,7 +57,7 @@ class Telemetry:
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
             self._peak = self._peak or peak_tflops(properties.name)
-            if self._gpu_every and mesh.rank == 0:
+            if self._gpu_every:
                 self._meter = GpuMeter(str(properties.uuid))
 
     @contextmanager
@@ -60,12 +69,18 @@ class Telemetry:
         self._waited_s = self._mesh.waits.waited_s - waited
 
     def values(self, step: int, result: StepResult, num_tokens: int) -> dict[str, Any]:
-        """The metrics of the last step, by key; no collective.
+        """The metrics of the last step, by key. Every rank calls it after every step.
+
+        At the first step and every `metrics.gpu_every` a collective over all ranks, in which they
+        tell each other their memory, waits and power; never within the time of a step.
 
         Args:
             step: its number, from 1.
             result: what it gave.
             num_tokens: of the global batch.
+
+        Raises:
+            CommError: another rank is gone or did not answer in time.
         """
         per_gpu = num_tokens / self.seconds / self._mesh.shape.world_size
         found: dict[str, Any] = {
@@ -76,9 +91,21 @@ class Telemetry:
             **_memory(self._device),
             **expert_load(result.loads),
         }
-        if self._meter is not None and (step == 1 or step % self._gpu_every == 0):
-            found |= self._meter.read()
+        if self._gpu_every and (step == 1 or step % self._gpu_every == 0):
+            if self._meter is not None:
+                found |= self._meter.read()
+            found |= self._over_ranks(found)
         return found
+
+    def _over_ranks(self, mine: Mapping[str, Any]) -> dict[str, float | None]:
+        """What all ranks together have of what each tells of itself."""
+        told = gather(
+            {key: mine[key] for key in _OVER_RANKS if key in mine},
+            self._mesh.world_group,
+            "the ranks' memory and power",
+            board=self._mesh.waits,
+        )
+        return over_ranks(told)
 
     def _exposed(self) -> dict[str, float | None]:
         """On a GPU it is the stream that waits, which only a recorded step tells."""
@@ -88,6 +115,23 @@ class Telemetry:
             "exposed_comm_ms": 1e3 * self._waited_s,
             "exposed_comm_percent": 100 * self._waited_s / self.seconds,
         }
+
+
+def over_ranks(told: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Highest, lowest, mean over ranks, under the ranks' own key with _max, _min, _mean.
+
+    Args:
+        told: of each rank. Those that do not tell a key, as a rank whose GPU cannot be read, do not
+            count for it; where a key is null on all that tell it, so is what is made of it.
+    """
+    found: dict[str, float | None] = {}
+    for key, makers in _OVER_RANKS.items():
+        given = [mine[key] for mine in told if key in mine]
+        numbers = [value for value in given if value is not None]
+        if given:
+            made = {name: make(numbers) if numbers else None for name, make in makers.items()}
+            found |= {f"{key}_{name}": value for name, value in made.items()}
+    return found
 
 
 def expert_load(loads: Mapping[str, Sequence[int]]) -> dict[str, Any]:

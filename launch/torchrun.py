@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,20 @@ from .settings import ConfigError
 
 if TYPE_CHECKING:
     from .life.nodes import Nodes
+
+
+class PortError(ConfigError):
+    """Nothing can listen at a port.
+
+    Attributes:
+        port: which.
+    """
+
+    def __init__(self, port: int, reason: str) -> None:
+        super().__init__(
+            f"run.port={port} cannot be used: {reason}; choose another port, or 0 for any free one"
+        )
+        self.port = port
 
 
 def start(
@@ -34,6 +48,8 @@ def start(
     folder: Path | None = None,
     grace_s: float = 0.0,
     timeout_s: float = 300.0,
+    nothing_to_lose: bool = False,
+    on_missing: Callable[[Sequence[int]], None] | None = None,
 ) -> int:
     """Run `python -m counterflow ARGUMENTS` as `nproc` ranks of this machine and wait for them.
 
@@ -50,13 +66,18 @@ def start(
         folder: of the run; rank 0 leaves `stopped.json` there when it has stopped before its time.
         grace_s: what ranks have to stop, seconds; 0: nothing is saved, so signals end all at once.
         timeout_s: how long to wait for other machines, seconds.
+        nothing_to_lose: ranks do nothing that is worth saving; a request to stop ends them at once.
+        on_missing: is given the node ranks of machines that have not come when the run was to
+            begin; on one of those that have.
 
     Returns:
-        The exit status (life.status): DONE, STOPPED, of a failed rank its own (FAILED if a signal
-        ended it), FAILED if another machine is gone, 128 + N if signal N to this process ended it.
+        The exit status (life.status): DONE; STOPPED, also for a request before there was anything
+        to save; of a failed rank its own (FAILED if a signal ended it); FAILED if another machine
+        is gone or has not come; 128 + N if signal N to this process ended the ranks where they
+        stood.
 
     Raises:
-        ConfigError: the port is in use or not allowed.
+        PortError: the port is in use or not allowed.
     """
     alone = nodes is None
     port = free_port(port) if alone or not nodes.node_rank else port
@@ -80,14 +101,20 @@ def start(
                 max_restarts=max_restarts,
                 grace_s=grace_s,
                 was_stopped=stopped,
+                nothing_to_lose=nothing_to_lose,
             )
             with agent.signals():
                 agent.run()
     except SignalException as error:
+        if agent is not None and agent.stopped:
+            return STOPPED
         ended_by = agent.ended_by if agent is not None else None
         return 128 + (ended_by or error.sigval)
     except NodeError as error:
-        print_error(f"node {nodes.node_rank}: {error}")
+        if not error.told:
+            print_error(f"node {nodes.node_rank}: {error}")
+            if error.missing and on_missing is not None:
+                on_missing(error.missing)
         return FAILED
     finally:
         logging.disable(logging.NOTSET)
@@ -117,7 +144,7 @@ def free_port(port: int) -> int:
     """`port`, or any free one for 0.
 
     Raises:
-        ConfigError: nothing can listen there.
+        PortError: nothing can listen there.
     """
     with socket.socket() as probe:
         # As the rendezvous does it: a port that a run has just left is free.
@@ -126,10 +153,7 @@ def free_port(port: int) -> int:
             probe.bind(("", port))
             probe.listen(1)
         except OSError as error:
-            raise ConfigError(
-                f"run.port={port} cannot be used: {error.strerror}; choose another port, or 0 for "
-                "any free one"
-            ) from None
+            raise PortError(port, error.strerror or str(error)) from None
         return probe.getsockname()[1]
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,25 +25,27 @@ from .config import Config
 from .convert_weights import load_weights
 from .data import Loader
 from .engine import AT_EMA, Engine, StepResult
-from .errors import SaveError, ToldError, alike_on_all
+from .errors import SaveError, ToldError, alike_on_all, rank_0_first
 from .experts import make_experts
-from .folder import RESULTS, STOPPED_FILE
+from .folder import STOPPED_FILE
 from .history import History
 from .life.spikes import LossGuard, Verdict
 from .life.status import DONE, STOPPED
 from .life.stop import StopRequests
 from .life.watchdog import Watchdog
 from .ramps import bias_update_speed, learning_rate, microbatches, mtp_weight
-from .recording import FOLDER, Recorder, profile_command, remove_traces
+from .recording import FOLDER, Recorder, profile_command
 from .reporter import Reporter
 from .results import write_results
-from .saver import Saver
+from .saver import Saver, seed_generators
 from .slurm.placement import Told, placement_lines, require_order, told_by
 from .telemetry import Telemetry
 from .torchrun import choose_device
 from .world import Place, joined, waiting_to_join
 
-_log = logging.getLogger(__name__)
+# How a start of a run ends: at its last step, or where it was asked to stop, or before it began,
+# because this launch has ended the run already.
+End = Literal["ended", "stopped", "done before"]
 
 
 def train(config: Config, folder: Path) -> int:
@@ -75,12 +76,14 @@ def train(config: Config, folder: Path) -> int:
             Watchdog(where.line, place, limit_s=limit_of_all_s) as watchdog,
         ):
             try:
-                ended = _train(config, folder, device, place, where, stop)
+                end = _train(config, folder, device, place, where, stop)
             except CommError as error:
                 if watchdog.report(str(error), error.peers):
                     raise ToldError(str(error)) from error
                 raise
-    return DONE if ended or "TORCHELASTIC_RUN_ID" in os.environ else STOPPED
+    # torchrun would start a run that ended otherwise again; `torchrun.start` finds stopped.json.
+    stopped = end == "stopped" and "TORCHELASTIC_RUN_ID" not in os.environ
+    return STOPPED if stopped else DONE
 
 
 def _train(
@@ -90,8 +93,8 @@ def _train(
     place: Place,
     where: _Whereabouts,
     stop: StopRequests,
-) -> bool:
-    """Train among ranks that have joined; whether the run has reached its last step."""
+) -> End:
+    """Train among ranks that have joined."""
     limit_s = config.run.timeout_s
     where.doing = "making the process groups"
     with waiting_to_join(place, limit_s):
@@ -99,21 +102,22 @@ def _train(
         placement = gather(told_by(), mesh.world_group, "their places", board=mesh.waits)
     with alike_on_all(place.rank):
         require_order(placement)
+    seed_generators(config.run.seed, place.rank)
     where.doing = "building the model"
     run = _Run(config, mesh, device, folder, stop)
     where.run = run
-    if isinstance(told := placement[0], Told):
+    if place.rank == 0 and isinstance(told := placement[0], Told):
         run.placement = placement_lines(config.mesh, told.nodes, told.switches)
     with run.engine.ema or nullcontext():
         try:
-            ended = run.all_steps()
+            end = run.all_steps()
         except NonFiniteError as error:  # names the layer
             position = run.engine.pipeline.position
             raise NonFiniteError(f"step {run.step}, {position}: {error}") from error
-        if ended:
+        if end == "ended":
             run.finish()
     run.close()
-    return ended
+    return end
 
 
 class _Whereabouts:
@@ -184,22 +188,21 @@ class _Run:
         position = f"rank {self.mesh.rank}, step {self.step}, {self.engine.pipeline.position}"
         return ", ".join(filter(None, (position, self.mesh.waits.now)))
 
-    def all_steps(self) -> bool:
-        """Go on from where the run stands to its last step; False where it was asked to stop."""
+    def all_steps(self) -> End:
+        """Go on from where the run stands to its last step, or until it is asked to stop."""
         at = self.engine.pipeline.at("looking for a checkpoint")
         with alike_on_all(self.mesh.rank), at:
             decision = self.saver.begin()
-        if decision == "done":
-            _log.info("%s: this run has ended already", self.folder)
-            return False
-        if decision == "begin" and self.config.checkpoint.weights:
-            load_weights(self.config.checkpoint.weights, self.engine)
         history, rank = self.history, self.mesh.rank
-        if rank == 0:
-            for name in RESULTS:
-                (self.folder / name).unlink(missing_ok=True)
-            if decision == "begin":
-                remove_traces(self.folder / FOLDER)
+        if decision == "done":
+            if rank == 0:
+                print(f"{self.folder}: this run has ended already", flush=True)
+            return "done before"
+        if decision == "begin" and self.config.checkpoint.weights:
+            weights = self.config.checkpoint.weights
+            at = self.engine.pipeline.at("reading the weights to begin with")
+            with rank_0_first(rank), at:
+                load_weights(weights, self.engine)
         self.step = history.step
         goes_on = decision == "go on"
         with Reporter(
@@ -214,28 +217,43 @@ class _Run:
             finally:
                 self.recorder.close()
 
-    def _steps(self, reporter: Reporter) -> bool:
+    def _steps(self, reporter: Reporter) -> End:
         """The loop. What is due after a step comes in this order: save, stop, evaluate."""
         if self.history.step:  # the earlier start may have been ended before it evaluated
             self._evaluate(reporter)
         while self.history.step < self.config.train.steps:
             result = self._one_step(reporter)
-            if result is None:  # rolled back
+            if result is None:  # rolled back, and the evaluation there with it
+                self._evaluate(reporter)
                 continue
             reporter.saved(self.saver.poll())
             if self.saver.is_due():
+                reporter.sync()
                 with self.engine.pipeline.at("saving a checkpoint"):
                     self.saver.save()
             if result.asked:
                 self.stop.granted()
             if result.asked and self.history.step < self.config.train.steps:
                 self._stop(reporter)
-                return False
+                return "stopped"
             self._evaluate(reporter)
-        with self.engine.pipeline.at("waiting for the last checkpoint to be written"):
-            self.saver.close()
+        self._save_now(reporter, "after the last step")
+        return "ended"
+
+    def _save_now(self, reporter: Reporter, when: str) -> None:
+        """See that the run as it stands is on disk.
+
+        Raises:
+            SaveError: it is not, and cannot be brought there.
+        """
+        reporter.sync()
+        with self.engine.pipeline.at("saving the last checkpoint"):
+            error = self.saver.save_now()
         reporter.saved(self.saver.poll())
-        return True
+        if error:
+            with alike_on_all(self.mesh.rank):
+                where = f"rank {self.mesh.rank}, step {self.step}"
+                raise SaveError(f"{where}: {when}, not saved: {error}")
 
     def _one_step(self, reporter: Reporter) -> StepResult | None:
         """Run a step and tell of it; None where its loss led back to a checkpoint."""
@@ -261,7 +279,8 @@ class _Run:
     def _rolled_back(self, reporter: Reporter, verdict: Verdict) -> bool:
         """Go back to the newest checkpoint; False where there is none."""
         failed = self.step
-        with self.engine.pipeline.at("going back to a checkpoint"):
+        at = self.engine.pipeline.at("going back to a checkpoint")
+        with alike_on_all(self.mesh.rank), at:
             step = self.saver.roll_back()
         if step is None:
             return False
@@ -276,16 +295,12 @@ class _Run:
         Raises:
             SaveError: what this start has trained could not be saved.
         """
-        with self.engine.pipeline.at("saving the last checkpoint"):
-            error = self.saver.save_now()
-        if error:
-            where = f"rank {self.mesh.rank}, step {self.step}"
-            raise SaveError(f"{where}: asked to stop, and not saved: {error}")
+        self._save_now(reporter, "asked to stop")
         name = self.stop.signal.name if self.stop.signal else "another rank's signal"
         step = self.history.step
         if self.mesh.rank == 0:
             write_json(self.folder / STOPPED_FILE, {"signal": name, "step": step})
-        reporter.event("stop", f"stopped by {name}, saved; start the run again and it goes on")
+        reporter.event("stop", "asked to stop, and saved; start the run again and it goes on")
 
     def finish(self) -> None:
         """Gather what the report needs and write it."""
@@ -325,7 +340,8 @@ class _Run:
         def judge(loss: float, norm: float) -> bool:
             verdict = self.guard.judge(index + 1, loss, norm)
             if verdict.action == "stop":
-                raise ValueError(verdict.reason)
+                with alike_on_all(self.mesh.rank):
+                    raise ValueError(verdict.reason)
             verdicts.append(verdict)
             return verdict.action == "update"
 

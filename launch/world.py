@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
+from .errors import ToldError
 from .settings import ConfigError
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 _NEEDED = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _RETRY_S = 0.2
+_FEW = 1024  # ranks that may all ask the store that often; more of them ask more seldom
+_QUIET_S = 3.0  # of a machine's other ranks, where the first one most likely says the same
 _SHOWN = 8  # of the ranks that have not come
 
 
@@ -85,6 +88,7 @@ def joined(place: Place, backend: str, *, timeout_s: float) -> Iterator[None]:
 
     Raises:
         CommError: the others have not all come within the limit.
+        ToldError: the same, and one of the others says so.
     """
     import torch.distributed as dist
 
@@ -124,7 +128,7 @@ def waiting_to_join(place: Place, timeout_s: float) -> Iterator[None]:
 
     try:
         yield
-    except CommError:
+    except (CommError, ToldError):
         raise
     except RuntimeError as error:
         raise CommError(_not_joined(place, backend_reason(error, timeout_s))) from error
@@ -148,6 +152,8 @@ def _await_host(place: Place, timeout_s: float) -> None:
         except OSError as error:
             if left <= _RETRY_S:
                 reason = _late(place, timeout_s, f" ({error.strerror or error})")
+                if place.local_rank:  # whoever ends that one ends this one too
+                    time.sleep(_QUIET_S)
                 raise CommError(_not_joined(place, reason)) from None
         time.sleep(_RETRY_S)
 
@@ -156,25 +162,31 @@ def _await_all(store: Store, place: Place, timeout_s: float) -> None:
     """Wait until every rank has come to the store, so that those which do not can be named.
 
     Raises:
-        CommError: some have not within the limit.
+        CommError: some have not within the limit; of the ranks that have come one raises it.
+        ToldError: the others.
     """
     from ..comm.errors import CommError
     from ..comm.waiting import name_ranks
 
+    pause_s = _RETRY_S * max(1.0, place.world_size / _FEW)
     end = time.monotonic() + timeout_s
     store.set(f"joined/{place.rank}", "")
     store.add("joined", 1)
     while store.add("joined", 0) < place.world_size:
-        over = time.monotonic() > end
-        if over:
-            late = [r for r in range(place.world_size) if not store.check([f"joined/{r}"])]
-            store.set("late", name_ranks(late[:_SHOWN]) + (", ..." if len(late) > _SHOWN else ""))
-        if store.check(["late"]):
-            shown = store.get("late").decode()
-            if over:  # the store may go with this process: let the others read it
-                time.sleep(3 * _RETRY_S)
-            raise CommError(_not_joined(place, _late(place, timeout_s, f" from {shown}")))
-        time.sleep(_RETRY_S)
+        told = store.check(["late"])
+        if told or time.monotonic() > end:
+            first = store.add("late", 1) == 1
+            if first:
+                late = [r for r in range(place.world_size) if not store.check([f"joined/{r}"])]
+                shown = name_ranks(late[:_SHOWN]) + (", ..." if len(late) > _SHOWN else "")
+                store.set("late/ranks", shown)
+            shown = store.get("late/ranks").decode()
+            # The store may go with this process: let the others read it. And the end of one may end
+            # all, so whoever tells it goes first.
+            time.sleep((3 if first else 6) * pause_s)
+            message = _not_joined(place, _late(place, timeout_s, f" from {shown}"))
+            raise CommError(message) if first else ToldError(message)
+        time.sleep(pause_s)
 
 
 def _late(place: Place, timeout_s: float, what: str) -> str:

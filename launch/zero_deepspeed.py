@@ -11,7 +11,7 @@ are spread over ranks, stages held twice and weights tied over ranks are refused
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -190,15 +190,24 @@ class DeepSpeedZero:
             master = self._masters[self._slices[name][0].group]
             adam_state(self._adam, master)["step"].fill_(counter.max())
         self._counters = {}
-        for name, share in self.shares.items():
-            if self._whole[name].dtype == torch.float32:
-                end = share.start + share.parameter.numel()
-                share.parameter.copy_(self._whole[name].view(-1)[share.start : end])
+        self._follow([n for n in self.shares if self._whole[n].dtype == torch.float32])
+
+    def take_wholes(self) -> None:
+        """As `Optimizer.take_wholes`."""
+        self._follow(self.shares)
 
     @property
     def _masters(self) -> list[Parameter]:
         """The stretch of each flat group that this rank updates, float32."""
         return self._zero.single_partition_of_fp32_groups
+
+    @torch.no_grad()
+    def _follow(self, names: Iterable[str]) -> None:
+        """These parameters' masters become what the parameters are."""
+        for name in names:
+            share = self.shares[name]
+            end = share.start + share.parameter.numel()
+            share.parameter.copy_(self._whole[name].view(-1)[share.start : end])
 
     def _find_slices(self, names: Sequence[Sequence[str]]) -> Iterator[tuple[str, Any]]:
         """(slice, start in the flattened parameter) of all that this rank updates, by name."""

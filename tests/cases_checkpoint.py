@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from counterflow.comm.errors import CommError
+from counterflow.comm.waiting import WaitBoard
 from counterflow.launch.checkpoint import files, storage
 from counterflow.launch.checkpoint.pieces import Held, Piece, State
 from counterflow.launch.checkpoint.read import checkpoints_in, open_checkpoint, verify
@@ -166,9 +168,9 @@ def newest_and_warnings(
     opened: list[str] = []
     real = files.problem_of
 
-    def counted(path: Path, record: Any) -> str:
+    def counted(path: Path, *rest: Any) -> str:
         opened.append(str(path))
-        return real(path, record)
+        return real(path, *rest)
 
     try:
         with mock.patch("counterflow.launch.checkpoint.read.problem_of", counted):
@@ -282,6 +284,7 @@ def file_too_large(rank: int, world: int, folder: str) -> list[str]:
     errors = [of.error for of in checkpoints.poll()]
     dist.barrier()
     errors += os.listdir(folder)
+    dist.barrier()  # all have looked before one makes something there
     checkpoints.save(1, State([mine]))
     saved_well(checkpoints)
     return errors
@@ -299,6 +302,7 @@ def disk_full(rank: int, world: int, folder: str) -> list[str]:
     errors = [of.error for of in checkpoints.poll()]
     dist.barrier()
     assert not os.listdir(folder)
+    dist.barrier()  # all have looked before one makes something there
     small = Piece("small", (world,), rank, torch.ones(1))
     checkpoints.save(3, State([small]))
     saved_well(checkpoints)
@@ -338,8 +342,8 @@ def change_after_save(rank: int, world: int, folder: str) -> tuple[float, list[i
     return float(total), steps
 
 
-def one_stays_away(rank: int, world: int, folder: str) -> tuple[list[str], float]:
-    """Rank 1 never saves; the other is told so within its limit."""
+def one_stays_away(rank: int, world: int, folder: str) -> tuple[list[str], list[str], float]:
+    """Rank 1 does not save; the other is told so within its limit, and that its run must end."""
     checkpoints = store(folder, timeout_s=1.5)
     begun = time.monotonic()
     if rank == 0:
@@ -347,9 +351,20 @@ def one_stays_away(rank: int, world: int, folder: str) -> tuple[list[str], float
         checkpoints.wait()
     seconds = time.monotonic() - begun
     dist.barrier()  # the world's own group is whole
-    checkpoints.save(4, State(value_pieces(rank, world, 1)))
-    checkpoints.wait()
-    return [of.error for of in checkpoints.poll()], seconds
+    told = [of.error for of in checkpoints.poll()]
+    ends: list[str] = []
+    for _ in range(2):  # rank 1 comes to know by its first save
+        try:
+            checkpoints.save(4, State(value_pieces(rank, world, 1)))
+        except CommError as error:
+            ends.append(str(error))
+        checkpoints.wait()
+        told += [of.error for of in checkpoints.poll()] if rank == 1 and not told else []
+    try:
+        checkpoints.poll()
+    except CommError as error:
+        ends.append(str(error))
+    return told, ends, seconds
 
 
 def one_dies(rank: int, world: int, folder: str, told: str) -> None:
@@ -374,14 +389,82 @@ def stuck_disk(rank: int, world: int, folder: str) -> list[str]:
     with held_back() as go, mock.patch("counterflow.launch.checkpoint.store._LATER_S", 0.2):
         checkpoints.save(1, State(value_pieces(rank, world, 1)))
         checkpoints.wait()
-        checkpoints.save(2, State(value_pieces(rank, world, 1)))
         told = checkpoints.poll()
+        refused = ""
+        try:
+            checkpoints.save(2, State(value_pieces(rank, world, 1)))
+        except CommError as error:
+            refused = str(error)
         go.set()
         limit = time.monotonic() + 30
         while told[-1].error != "" and time.monotonic() < limit:
             time.sleep(0.01)
             told += checkpoints.poll()
-    return [of.error for of in told]
+    first, *rest = [of.error for of in told]
+    return [first, refused, *rest]
+
+
+class Lines(WaitBoard):
+    """A board that remembers every line."""
+
+    def __init__(self) -> None:
+        self.all: list[str] = []
+        super().__init__()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "now":
+            self.all.append(str(value))
+        super().__setattr__(name, value)
+
+
+def lines_of_waits(rank: int, world: int, folder: str, asynchronous: bool) -> dict[str, list[str]]:
+    """What the board shows of a save, of verifying and of loading, which move a few slices."""
+    board, shown = Lines(), dict[str, list[str]]()
+    checkpoints = store(folder, board=board, asynchronous=asynchronous)
+    data = torch.ones(1 << 20)
+    mine = Piece("large", (world << 20,), rank << 20, data)
+
+    def slow(*arguments: Any) -> None:
+        real(*arguments)
+        time.sleep(0.02)
+
+    real = files.Progress.moved
+    with (
+        mock.patch.object(files, "SLICE", 1 << 20),
+        mock.patch.object(files.Progress, "moved", slow),
+        mock.patch("counterflow.launch.checkpoint.store._LOOK_S", 0.005),
+    ):
+        board.all.clear()
+        checkpoints.save(1, State([mine]))
+        saved_well(checkpoints)
+        shown["saving"] = list(dict.fromkeys(board.all))
+        board.all.clear()
+        found = checkpoints.newest()
+        assert found is not None
+        shown["verifying"] = list(dict.fromkeys(board.all))
+        board.all.clear()
+        checkpoints.load(found, [mine])
+        shown["reading"] = list(dict.fromkeys(board.all))
+    return shown
+
+
+def unreadable(rank: int, world: int, folder: str) -> list[tuple[str, str]]:
+    """What finding and loading say where rank 1 cannot read a file now; then, what is found."""
+    checkpoints = store(folder)
+    found = checkpoints.newest()
+    assert found is not None
+    told: list[tuple[str, str]] = []
+    into = value_pieces(rank, world, 0.0)
+    fault = OSError(errno.EIO, os.strerror(errno.EIO))
+    with mock.patch("pathlib.Path.open", side_effect=fault) if rank == 1 else nullcontext():
+        for run in (checkpoints.newest, lambda: checkpoints.load(found, into)):
+            try:
+                run()
+            except Exception as error:
+                told.append((type(error).__name__, str(error)))
+    again = checkpoints.newest()
+    assert again is not None
+    return [*told, ("found", str(again.step))]
 
 
 class Killed(BaseException):

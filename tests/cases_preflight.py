@@ -39,6 +39,7 @@ def state_bytes(rank: int, world: int, overrides: Sequence[tuple[str, str]]) -> 
         recompute=fp8.make_recompute(config),
         moments=getattr(torch, config.moments),
         ema_decay=config.train.ema_decay,
+        zero=config.zero.stage,
     )
     rows = config.train.sequences * config.schedule.microbatches
     tokens = torch.randint(0, config.model.vocab_size, (rows, config.data.sequence_length))
@@ -58,6 +59,10 @@ def state_bytes(rank: int, world: int, overrides: Sequence[tuple[str, str]]) -> 
         for name, buffer in part.state_dict(keep_vars=True).items():
             if name not in engine.parameters:
                 whole[name] = buffer.nbytes
+    averages = {} if engine.ema is None else engine.ema.state_dict()["averages"]
+    saved = sum(piece.data.nbytes for piece in engine.optimizer.pieces(engine.held))
+    saved += sum(pieces.values()) + sum(t.nbytes for t in averages.values())
+    updated = engine.optimizer.parameters | engine.optimizer.masters
     if engine.ema is not None:
         engine.ema.close()
     engine.experts.close()
@@ -68,6 +73,10 @@ def state_bytes(rank: int, world: int, overrides: Sequence[tuple[str, str]]) -> 
         "optimizer": sum(
             t.nbytes for state in states.values() for key, t in state.items() if key != "step"
         ),
+        "updated": sum(t.nbytes for t in updated.values()),
+        "averages": sum(t.nbytes for t in averages.values()),
+        "saved": saved,
+        "count": len(pieces),
         "whole": whole,
     }
 
@@ -105,6 +114,23 @@ def surveyed(
         timeout_s=60.0,
     )
     return measured, bandwidth_findings(measured, baseline, least_share)
+
+
+def decided_together(rank: int, world: int, ill: Sequence[int]) -> list[Finding]:
+    """What nodes decide of which `ill` have found themselves bad, each with a number of its own."""
+
+    def ask(value: Any, what: str) -> list[Any]:
+        return gather(value, dist.group.WORLD, what)
+
+    bad = Finding("gpu", "bad", f"is in use by process {70 + rank}", f"n{rank}", kind="in use")
+    return look_together(
+        ask,
+        rank=rank,
+        node=f"n{rank}",
+        versions={"torch": "same"},
+        findings=[bad] if rank in ill else [],
+        folder=None,
+    )
 
 
 def looked(rank: int, world: int, folders: Sequence[str], ahead_s: float) -> list[Finding]:

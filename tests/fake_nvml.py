@@ -17,6 +17,7 @@ class NVMLError(Exception):
 
 
 LOST = NVMLError(15, "GPU is lost")
+FOREIGN = NVMLError(4, "Insufficient Permissions")
 UNSUPPORTED = NVMLError(3, "Not Supported")
 
 # What a GPU answers that is well; by question, and for links (active, {kind of error: count}).
@@ -65,10 +66,13 @@ class FakeHealthNvml:
     NVML_NVLINK_ERROR_DL_CRC_DATA = 3
     nvmlClocksThrottleReasonGpuIdle = 1
     nvmlClocksThrottleReasonApplicationsClocksSetting = 2
+    nvmlClocksThrottleReasonSwPowerCap = 4
     nvmlClocksThrottleReasonHwSlowdown = 8
+    nvmlClocksThrottleReasonSyncBoost = 16
     nvmlClocksThrottleReasonSwThermalSlowdown = 32
     nvmlClocksThrottleReasonHwThermalSlowdown = 64
     nvmlClocksThrottleReasonHwPowerBrakeSlowdown = 128
+    nvmlClocksThrottleReasonDisplayClockSetting = 256
     NVMLError = NVMLError
 
     def __init__(self, gpus: Sequence[Mapping[str, Any]]) -> None:
@@ -105,6 +109,9 @@ class FakeHealthNvml:
 
     def nvmlDeviceGetName(self, handle: object) -> str:  # noqa: N802
         return self._ask(handle, "name") or "Fake H800"
+
+    def nvmlDeviceGetUUID(self, handle: object) -> str:  # noqa: N802
+        return self._ask(handle, "uuid") or f"GPU-{self._handles.index(handle):04x}"
 
     def nvmlDeviceGetPciInfo(self, handle: object) -> Any:  # noqa: N802
         self._ask(handle, "pci")

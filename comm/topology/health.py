@@ -7,22 +7,25 @@ being asked.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from .pci import pci_address
 
 T = TypeVar("T")
 
-# What keeps a GPU's clocks down, by the names of pynvml's bits.
-_SLOWDOWNS = {
+# What keeps a GPU's clocks down, by the names of pynvml's bits: those that older versions have too.
+SLOWDOWNS = {
     "hardware slowdown": "nvmlClocksThrottleReasonHwSlowdown",
     "hardware thermal slowdown": "nvmlClocksThrottleReasonHwThermalSlowdown",
     "power brake": "nvmlClocksThrottleReasonHwPowerBrakeSlowdown",
     "software thermal slowdown": "nvmlClocksThrottleReasonSwThermalSlowdown",
+    "power cap": "nvmlClocksThrottleReasonSwPowerCap",
+    "sync boost": "nvmlClocksThrottleReasonSyncBoost",
     "clock setting": "nvmlClocksThrottleReasonApplicationsClocksSetting",
+    "display setting": "nvmlClocksThrottleReasonDisplayClockSetting",
     "idle": "nvmlClocksThrottleReasonGpuIdle",
 }
 _LINK_ERRORS = {
@@ -68,7 +71,9 @@ class GpuHealth:
         retired_pages: pages given up after double-bit errors; retired_pending: whether some wait
             for a reset (GPUs before A100).
         slowdowns: what keeps the clocks down now, of "hardware slowdown", "hardware thermal
-            slowdown", "power brake", "software thermal slowdown", "clock setting", "idle".
+            slowdown", "power brake", "software thermal slowdown", "power cap" (the power limit,
+            where most GPUs stand under load), "sync boost" (the clock of the slowest GPU of a
+            group), "clock setting", "display setting", "idle".
         sm_mhz, sm_max_mhz: clock of the multiprocessors, now and at most.
         celsius, slowdown_celsius: temperature, and at which clocks are lowered.
         persistence, mig: whether these modes are on.
@@ -102,10 +107,11 @@ class GpuHealth:
 
 @dataclass(frozen=True)
 class GpusHealth:
-    """All GPUs of this machine, or in `reason` why they cannot be asked.
+    """The GPUs of this machine that this process may use, or in `reason` why they cannot be asked.
 
     Attributes:
         gpus: by index.
+        named: how many CUDA_VISIBLE_DEVICES names, whether they are there or not; None if not set.
         driver: its version, "" if unknown.
         reason: "" where NVML answered.
         no_library: the reason is that pynvml is missing, which says nothing of the machine.
@@ -117,10 +123,15 @@ class GpusHealth:
     reason: str = ""
     no_library: bool = False
     no_driver: bool = False
+    named: int | None = None
 
 
-def find_health() -> GpusHealth:
-    """The health of this machine's GPUs. Never raises."""
+def find_health(visible: str | None = None) -> GpusHealth:
+    """The health of this machine's GPUs that this process may use. Never raises.
+
+    Args:
+        visible: CUDA_VISIBLE_DEVICES, None if not set: all GPUs but those that we may not open.
+    """
     try:
         nvml = import_module("pynvml")
     except Exception as error:
@@ -132,13 +143,15 @@ def find_health() -> GpusHealth:
         )
         return GpusHealth(reason=reason, no_library=True)
     try:
-        return health_by_nvml(nvml)
+        return health_by_nvml(nvml, visible)
     except Exception as error:  # of another library by that name, or of a driver that is broken
         return GpusHealth(reason=f"NVML failed: {type(error).__name__}: {error}")
 
 
-def health_by_nvml(nvml: Any) -> GpusHealth:
+def health_by_nvml(nvml: Any, visible: str | None = None) -> GpusHealth:
     """The same, as `nvml`, the module pynvml, tells it.
+
+    GPUs that belong to other jobs of a machine that is shared are asked nothing but their UUID.
 
     Raises:
         Exception: what the module raises where it cannot even count the GPUs.
@@ -151,8 +164,12 @@ def health_by_nvml(nvml: Any) -> GpusHealth:
         return GpusHealth(reason=reason, no_driver=error.value in absent)
     try:
         driver = nvml.nvmlSystemGetDriverVersion()
-        gpus = tuple(_health(nvml, index) for index in range(nvml.nvmlDeviceGetCount()))
-        return GpusHealth(gpus, driver.decode() if isinstance(driver, bytes) else driver)
+        found = [_open(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
+        opened = [one for one in found if one is not None]
+        names = None if visible is None else [name.strip() for name in visible.split(",") if name]
+        gpus = tuple(_health(nvml, one) for one in _of_process(opened, names))
+        named = None if names is None else len(names)
+        return GpusHealth(gpus, _text(driver), named=named)
     finally:
         nvml.nvmlShutdown()
 
@@ -176,11 +193,48 @@ class _Asker:
         return None
 
 
-def _health(nvml: Any, index: int) -> GpuHealth:
+class _Opened(NamedTuple):
+    """A GPU that this process may open: NVML's number, its handle (None: lost), its UUID or ""."""
+
+    number: int
+    handle: Any
+    uuid: str
+    errors: tuple[str, ...]
+
+
+def _open(nvml: Any, index: int) -> _Opened | None:
+    """None for a GPU that we have no permission for: a container or a scheduler keeps it."""
+    try:
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    except nvml.NVMLError as error:
+        if error.value == nvml.NVML_ERROR_NO_PERMISSION:
+            return None
+        return _Opened(index, None, "", (f"device: {error}",))
     ask = _Asker(nvml)
-    handle = ask("device", lambda: nvml.nvmlDeviceGetHandleByIndex(index))
+    uuid = _text(ask("UUID", lambda: nvml.nvmlDeviceGetUUID(handle)))
+    return _Opened(index, handle, uuid, tuple(ask.errors))
+
+
+def _of_process(opened: Sequence[_Opened], names: Sequence[str] | None) -> list[_Opened]:
+    """Those that CUDA_VISIBLE_DEVICES names: by place among them, or by the UUID's beginning.
+
+    Places are NVML's, by PCI address; see `gpus.device_of_rank`. Parts of divided GPUs (MIG) have
+    UUIDs of their own, which do not tell the GPU: then all are taken.
+    """
+    if names is None or any(name.startswith("MIG") for name in names):
+        return list(opened)
+    return [
+        one
+        for place, one in enumerate(opened)
+        if any(name == str(place) or (one.uuid and one.uuid.startswith(name)) for name in names)
+    ]
+
+
+def _health(nvml: Any, opened: _Opened) -> GpuHealth:
+    ask = _Asker(nvml)
+    index, handle, _, errors = opened
+    ask.errors += errors
     if handle is None:
-        errors = tuple(ask.errors) or ("device: NVML gives no handle",)
         return GpuHealth(index, errors=errors)
     volatile, aggregate = (
         ask(
@@ -214,7 +268,7 @@ def _health(nvml: Any, index: int) -> GpuHealth:
         rows_failed=None if rows is None else bool(rows[3]),
         retired_pages=None if pages is None else len(pages),
         retired_pending=None if pending is None else bool(pending),
-        slowdowns=tuple(n for n, bit in _SLOWDOWNS.items() if bits & getattr(nvml, bit, 0)),
+        slowdowns=tuple(n for n, bit in SLOWDOWNS.items() if bits & getattr(nvml, bit, 0)),
         sm_mhz=ask("clocks", lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
         sm_max_mhz=ask(
             "clocks", lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)

@@ -15,6 +15,12 @@ _REMEDIES = {
     errno.ESTALE: "look at the file server, or take a run.folder on another one",
     errno.ENOENT: "run.folder must be one folder that all nodes share",
 }
+_READING = {
+    errno.EACCES: "give whoever starts this the right to read it",
+    errno.EPERM: "give whoever starts this the right to read it",
+    errno.EIO: "look at the disk; if the file is lost, move its checkpoint away",
+    errno.ESTALE: "look at the file server",
+}
 
 
 class CheckpointError(ValueError):
@@ -26,10 +32,18 @@ def told(error: OSError, path: object, doing: str) -> CheckpointError:
 
     Args:
         error: as raised.
-        path: what was being written or read, where the error itself does not say.
+        path: what was being written, where the error itself does not say.
         doing: such as "cannot be written".
     """
+    return CheckpointError(_line(error, path, doing, _REMEDIES.get(error.errno or 0, "")))
+
+
+def unreadable(error: OSError, path: object) -> str:
+    """The same, of what was to be read."""
+    return _line(error, path, "cannot be read", _READING.get(error.errno or 0, ""))
+
+
+def _line(error: OSError, path: object, doing: str, remedy: str) -> str:
     reason = error.strerror or str(error) or type(error).__name__
-    remedy = _REMEDIES.get(error.errno or 0, "")
     line = f"{error.filename or path}: {doing}: {reason}"
-    return CheckpointError(f"{line}; {remedy}" if remedy else line)
+    return f"{line}; {remedy}" if remedy else line

@@ -9,6 +9,7 @@ sha256sum, and it leaves no accidental change unseen.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,27 @@ from .manifest import DTYPE_NAMES, FileRecord
 # Small enough for a cache, large enough that taking the interpreter's lock again costs nothing.
 SLICE = 4 << 20
 _ALIGNMENT = 64
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+
+Say = Callable[[str], object]
+"""Is told what is being done, in other words whenever it has got on."""
+
+
+def silent(doing: str) -> None:
+    """Tells nobody."""
+
+
+class Progress:
+    """Says how far a file is, whenever some of it has moved."""
+
+    def __init__(self, what: str, num_bytes: int, say: Say) -> None:
+        self._what, self._num_bytes, self._say = what, num_bytes, say
+        self._moved = 0
+
+    def moved(self, num_bytes: int) -> None:
+        """So many bytes more."""
+        self._moved += num_bytes
+        self._say(f"{self._what}, {self._moved >> 20} of {self._num_bytes >> 20} MiB")
 
 
 class Entry(NamedTuple):
@@ -62,9 +84,15 @@ def in_order(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def write_file(
-    path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]
+    path: Path, entries: Sequence[Entry], metadata: Mapping[str, str], say: Say = silent
 ) -> tuple[FileRecord, list[int]]:
     """Write a file that is not there yet, and have it on disk.
+
+    Args:
+        path: of the file.
+        entries: what it is to hold.
+        metadata: of its header.
+        say: is told how far it is.
 
     Returns:
         Its record, and the first byte of each entry.
@@ -74,19 +102,22 @@ def write_file(
     """
     first, begins = header(entries, metadata)
     digest = hashlib.sha256(first)
+    num_bytes = sum(entry.length * entry.dtype.itemsize for entry in entries)
+    progress = Progress(f"writing {path}", num_bytes, say)
     with path.open("xb", buffering=SLICE) as file:
         file.write(first)
         for entry in entries:
             values = entry.values()
             assert (values.dtype, tuple(values.shape)) == (entry.dtype, (entry.length,))
-            _write(file, values, digest)
+            _write(file, values, digest, progress)
         size = file.tell()
         file.flush()
+        say(f"waiting for {path} to be on disk")
         os.fsync(file.fileno())
     return FileRecord(size, digest.hexdigest()), begins
 
 
-def _write(file: BinaryIO, values: Tensor, digest: hashlib._Hash) -> None:
+def _write(file: BinaryIO, values: Tensor, digest: hashlib._Hash, progress: Progress) -> None:
     if not values.numel():
         return
     view = values.detach().cpu().view(torch.uint8).numpy().data
@@ -94,6 +125,7 @@ def _write(file: BinaryIO, values: Tensor, digest: hashlib._Hash) -> None:
         part = view[start : start + SLICE]
         digest.update(part)
         file.write(part)
+        progress.moved(len(part))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -104,8 +136,13 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def problem_of(path: Path, record: FileRecord) -> str:
-    """What is wrong with a file; "" if it is the one that was written."""
+def problem_of(path: Path, record: FileRecord, say: Say = silent) -> str:
+    """What is wrong with a file; "" if it is the one that was written.
+
+    Raises:
+        OSError: it is there and cannot be read now, which says nothing of what is in it.
+    """
+    progress = Progress(f"verifying {path}", record.size, say)
     try:
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
@@ -115,17 +152,32 @@ def problem_of(path: Path, record: FileRecord) -> str:
             buffer = memoryview(bytearray(SLICE))
             while count := file.readinto(buffer):
                 digest.update(buffer[:count])
+                progress.moved(count)
     except OSError as error:
+        if not is_absent(error):
+            error.filename = error.filename or str(path)
+            raise
         return f"{path}: cannot be read: {error.strerror or error}"
     if digest.hexdigest() != record.sha256:
         return f"{path}: is damaged: its content does not have the checksum in the manifest"
     return ""
 
 
-def read_into(file: FileIO, begin: int, dtype: torch.dtype, target: Tensor) -> None:
+def is_absent(error: OSError) -> bool:
+    """Whether a file could not be read as there is none: not by a fault that may pass."""
+    return error.errno in _ABSENT
+
+
+def read_into(
+    file: FileIO,
+    begin: int,
+    dtype: torch.dtype,
+    target: Tensor,
+    moved: Callable[[int], object] = lambda _: None,
+) -> None:
     """Fill `target`, [n], on any device, with n elements of `dtype` from byte `begin` on.
 
-    Values of another dtype are converted as Tensor.copy_ does.
+    Values of another dtype are converted as Tensor.copy_ does. `moved` is told of bytes read.
 
     Raises:
         OSError: the file cannot be read, or ends before.
@@ -142,6 +194,7 @@ def read_into(file: FileIO, begin: int, dtype: torch.dtype, target: Tensor) -> N
             if not count:
                 raise OSError(None, "ends before its last tensor does", file.name)
             view = view[count:]
+            moved(count)
         if not direct:
             part.copy_(values)
     if direct:  # of what numpy writes, whoever keeps a weight's FP8 form would not learn

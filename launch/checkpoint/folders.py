@@ -8,11 +8,15 @@ step-00000100            a checkpoint; whole, as it got this name when all of it
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
 from pathlib import Path
 
+from .errors import told
+
+_log = logging.getLogger(__name__)
 MANIFEST = "checkpoint.json"
 _WHOLE = re.compile(r"step-(\d{8,18})", re.ASCII)
 _LEFT = re.compile(r"\.(step-\d{8,18})\.(part|replaced|old)", re.ASCII)
@@ -45,22 +49,37 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 def step_of(path: Path) -> int:
     """The step in a checkpoint's name."""
-    return int(path.name.removeprefix("step-"))
+    step = named_step(path)
+    assert step is not None
+    return step
+
+
+def named_step(path: Path) -> int | None:
+    """The step in a folder's name; None where it is not named as checkpoints are."""
+    found = _WHOLE.fullmatch(path.name)
+    return None if found is None else int(found[1])
 
 
 def clear_leftovers(folder: Path) -> None:
     """Remove what an earlier process left half written or half removed.
 
     A checkpoint that was to be replaced comes back where the newer one has not taken its place.
+    What cannot be moved is logged: it is in nobody's way.
+
+    Raises:
+        OSError: the folder cannot be looked into.
     """
     for name in os.listdir(folder):
         found = _LEFT.fullmatch(name)
         if found is None:
             continue
-        if found[2] == "replaced" and not (folder / found[1]).exists():
-            (folder / name).rename(folder / found[1])
-        else:
-            shutil.rmtree(folder / name)
+        try:
+            if found[2] == "replaced" and not (folder / found[1]).exists():
+                (folder / name).rename(folder / found[1])
+            else:
+                shutil.rmtree(folder / name)
+        except OSError as error:
+            _log.warning("%s", told(error, folder / name, "cannot be cleared away"))
     sync_folder(folder)
 
 

@@ -6,18 +6,19 @@ import hashlib
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError, told
-from .files import problem_of
-from .folders import MANIFEST, checkpoints_in, step_of
+from .errors import CheckpointError, unreadable
+from .files import Say, is_absent, problem_of, silent
+from .folders import MANIFEST, checkpoints_in, named_step
 from .manifest import Content, parsed
 
 __all__ = [
     "Manifest",
+    "Share",
     "checkpoints_in",
     "is_complete",
     "manifest_bytes",
@@ -80,7 +81,7 @@ class Manifest:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:  # ValueError: an empty file
             reason = error if isinstance(error, OSError) else OSError(None, str(error))
-            raise told(reason, path, "cannot be read") from None
+            raise CheckpointError(unreadable(reason, path)) from None
         if len(mapped) != size:
             raise CheckpointError(f"{path}: has {len(mapped)} bytes, not {size}")
         return mapped
@@ -93,52 +94,68 @@ def open_checkpoint(path: str | Path) -> Manifest:
         CheckpointError: there is none, or its manifest cannot be read or is damaged.
     """
     path = Path(path)
-    return Manifest(path, parsed(manifest_bytes(path), path / MANIFEST))
+    try:
+        return Manifest(path, parsed(manifest_bytes(path), path / MANIFEST))
+    except OSError as error:
+        raise CheckpointError(unreadable(error, path / MANIFEST)) from None
 
 
 def manifest_bytes(path: Path) -> bytes:
     """The bytes of a checkpoint's manifest.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: there is none.
+        OSError: it is there and cannot be read now.
     """
     try:
         return (path / MANIFEST).read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path / MANIFEST}: is missing; {path} is no checkpoint") from None
     except OSError as error:
-        raise told(error, path / MANIFEST, "cannot be read") from None
+        if not is_absent(error):
+            error.filename = error.filename or str(path / MANIFEST)
+            raise
+        raise CheckpointError(f"{path / MANIFEST}: is missing; {path} is no checkpoint") from None
 
 
 def verify(path: str | Path) -> list[str]:
-    """What is wrong with a checkpoint, a line each; every byte of it is read."""
-    try:
-        manifest = open_checkpoint(path)
-    except CheckpointError as error:
-        return [str(error)]
-    files = manifest.content.files.items()
-    return [problem for name, of in files if (problem := problem_of(manifest.path / name, of))]
+    """What is wrong with a checkpoint, a line each; every byte of it is read.
+
+    Raises:
+        OSError: it cannot be read now, which says nothing of what is in it.
+    """
+    return verified_share(Path(path), 0, 1).problems
 
 
-def verified_share(path: Path, rank: int, world: int) -> tuple[Content | None, str, list[str]]:
+class Share(NamedTuple):
+    """What a rank has found that verifies its share of a checkpoint's files.
+
+    `content`: what the manifest says, or None; `digest`: the SHA-256 of its bytes, which is the
+    same on all ranks; `problems`: what is wrong with the manifest or with this rank's files.
+    """
+
+    content: Content | None
+    digest: str
+    problems: list[str]
+
+
+def verified_share(path: Path, rank: int, world: int, say: Say = silent) -> Share:
     """A rank's share of verifying a checkpoint; the ranks' shares together are all of it.
 
-    Returns:
-        What the manifest says, or None; the SHA-256 of its bytes, which is the same on all ranks;
-        and what is wrong with the manifest or with this rank's files.
+    Raises:
+        OSError: as of `verify`.
     """
     digest = ""
     try:
         data = manifest_bytes(path)
         digest = hashlib.sha256(data).hexdigest()
         content = parsed(data, path / MANIFEST)
-        if content.step != step_of(path):
+        if named_step(path) not in (None, content.step):
             raise CheckpointError(f"{path / MANIFEST}: is of step {content.step}")
     except CheckpointError as error:
-        return None, digest, [str(error)]
+        return Share(None, digest, [str(error)])
     by_size = sorted(content.files.items(), key=lambda of: (-of[1].size, of[0]))
     mine = by_size[rank::world]
-    return content, digest, [p for name, of in mine if (p := problem_of(path / name, of))]
+    problems = [p for name, of in mine if (p := problem_of(path / name, of, say))]
+    return Share(content, digest, problems)
 
 
 def is_complete(path: Path) -> bool:

@@ -31,8 +31,9 @@ from torch.futures import Future
 
 from counterflow import __version__
 
-from .errors import CheckpointError, told
-from .files import Entry, in_order, read_into, write_bytes, write_file
+from ..errors import ReadError
+from .errors import CheckpointError, told, unreadable
+from .files import Entry, Progress, Say, in_order, read_into, write_bytes, write_file
 from .folders import MANIFEST, part_folder, put_in_place, sync_folder
 from .manifest import Chunk, Content, FileRecord, TensorRecord, written
 from .plan import Whole, dtype_of, span
@@ -60,7 +61,7 @@ class PartWriter(StorageWriter):
         say: called with what is being done, for whoever asks where this rank stands.
     """
 
-    def __init__(self, folder: Path, step: int, values: str, say: Callable[[str], object]) -> None:
+    def __init__(self, folder: Path, step: int, values: str, say: Say) -> None:
         self._folder, self._step = folder, step
         self._values, self._say = values, say
         self._part = part_folder(folder, step)
@@ -138,7 +139,8 @@ class PartWriter(StorageWriter):
                 for key, item in items.items()
             ]
         )
-        record, begins = write_file(path, entries, {"format": "pt", "step": str(self._step)})
+        metadata = {"format": "pt", "step": str(self._step)}
+        record, begins = write_file(path, entries, metadata, self._say)
         return [
             WriteResult(
                 index=items[entry.key].index,
@@ -186,7 +188,7 @@ class ManifestReader(StorageReader):
         say: as of `PartWriter`.
     """
 
-    def __init__(self, path: Path, content: Content, say: Callable[[str], object]) -> None:
+    def __init__(self, path: Path, content: Content, say: Say) -> None:
         self._path, self._content, self._say = path, content, say
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -232,20 +234,25 @@ class ManifestReader(StorageReader):
             wanted.setdefault(chunk.file, []).append((begin, item))
         for name, reads in sorted(wanted.items()):
             path = self._path / name
-            self._say(f"reading {path}")
+            num_bytes = sum(self._num_bytes(item) for _, item in reads)
+            progress = Progress(f"reading {path}", num_bytes, self._say)
+            progress.moved(0)
             try:
                 with path.open("rb", buffering=0) as file:
                     for begin, item in sorted(reads, key=lambda read: read[0]):
                         target = planner.resolve_tensor(item).detach()
                         dtype = self._content.records[item.storage_index.fqn].dtype
-                        read_into(file, begin, dtype, target)
+                        read_into(file, begin, dtype, target, progress.moved)
                         planner.commit_tensor(item, target)
             except OSError as error:
-                raise told(error, path, "cannot be read") from None
+                raise ReadError(unreadable(error, path)) from None
         self._say(WAITING)
         future: Future[None] = Future()
         future.set_result(None)
         return future
+
+    def _num_bytes(self, item: ReadItem) -> int:
+        return item.lengths[0] * self._content.records[item.storage_index.fqn].dtype.itemsize
 
     def _place(self, item: ReadItem) -> tuple[Chunk, int]:
         record = self._content.records[item.storage_index.fqn]

@@ -2,50 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import shutil
 import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ...comm.collectives import gather
 from ...comm.errors import CommError, backend_reason
 from ...comm.waiting import WaitBoard
 from .errors import CheckpointError, told
-from .folders import (
-    MANIFEST,
-    checkpoints_in,
-    clear_leftovers,
-    part_folder,
-    step_folder,
-    step_of,
-)
-from .manifest import Content
+from .folders import checkpoints_in, clear_leftovers, part_folder, step_folder, step_of
 from .pieces import Piece, State
-from .plan import LoadStretches, SaveStretches, by_name, check
-from .read import verified_share
+from .plan import SaveStretches, by_name, check
+from .reader import Found, Reader, first_failure
 from .retention import Retention
 from .staging import HostCopies
-from .storage import WAITING, ManifestReader, PartWriter
+from .stand import Stand
+from .storage import PartWriter
 
-_log = logging.getLogger(__name__)
+__all__ = ["Checkpoints", "Found", "Saved"]
 
 # A wait's own error, which knows more, comes before that of whoever waits for the whole save.
 _LATER_S = 5.0
+_LOOK_S = 0.5  # between looks at how far a save is that is waited for
 
 
 class Saved(NamedTuple):
@@ -59,36 +49,6 @@ class Saved(NamedTuple):
     seconds: float
     num_bytes: int
     error: str
-
-
-@dataclass(frozen=True)
-class Found:
-    """A checkpoint whose every file has been verified.
-
-    Attributes:
-        step: after which it was saved.
-        path: its folder.
-        values: the run's, plain JSON.
-        own: this rank's own, if as many ranks saved it as there are now.
-        content: where its tensors lie.
-    """
-
-    step: int
-    path: Path
-    values: Mapping[str, Any]
-    own: Mapping[str, Any] | None
-    content: Content = field(repr=False)
-
-
-class _Stand:
-    """What a save is doing, and since when; written by its thread, read by who waits for it."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-        self.say(WAITING)
-
-    def say(self, doing: str) -> None:
-        self.doing, self.since = doing, time.monotonic()
 
 
 class Checkpoints:
@@ -139,7 +99,7 @@ class Checkpoints:
         self._copies = HostCopies()
         self._finished: deque[Saved] = deque()
         self._thread: threading.Thread | None = None
-        self._stand = _Stand(0)
+        self._stand = Stand(0, self._board)
         self._retention = Retention(folder, keep)
         self._raise_first(gather(self._prepare(), self._group, "the folder", board=self._board))
 
@@ -149,15 +109,15 @@ class Checkpoints:
         Waits for the save before it. If asynchronous, returns as soon as the pieces are copied, or
         on a GPU as soon as the copies are queued on the current stream; else when all is done. How
         it ended is told by `poll`.
+
+        Raises:
+            CommError: nothing can be saved any more, as ranks have lost each other in an earlier
+                save, or it hangs; this start of the run must end.
         """
         started = time.monotonic()
         path = step_folder(self._folder, step)
-        reason = self._broken if self._idle() else self._late()
-        if reason:
-            error = f"rank {self._rank}: step {step} is not saved: {reason}"
-            self._finished.append(Saved(step, path, 0.0, 0, error))
-            return
-        self._stand = _Stand(step)
+        self._require_idle()
+        self._stand = Stand(step, self._board)
         failed: CheckpointError | None = None
         pieces, values, own = list[Piece](), "", ""
         try:
@@ -188,14 +148,20 @@ class Checkpoints:
             self._thread = threading.Thread(target=run, name=f"checkpoint-{step}", daemon=True)
             self._thread.start()
         else:
-            with self._waiting(f"the checkpoint of step {step}"):
+            with self._stand.waiting(f"the checkpoint of step {step}", range(self._world)):
                 run()
 
     def poll(self) -> list[Saved]:
-        """The saves that have ended since the last call; never waits."""
+        """The saves that have ended since the last call; never waits.
+
+        Raises:
+            CommError: as of `save`, once all that has ended was told.
+        """
         told: list[Saved] = []
         while self._finished:
             told.append(self._finished.popleft())
+        if not told and self._broken:
+            raise CommError(self._broken, peers=self._others)
         return told
 
     def wait(self) -> None:
@@ -214,32 +180,18 @@ class Checkpoints:
             None if there is no checkpoint at all.
 
         Raises:
-            CheckpointError: there are some, but each is damaged; or the folder cannot be read.
+            CheckpointError: there are some, but each is damaged; on all ranks.
+            ReadError: the folder, or a file of the newest that is not known to be damaged, cannot
+                be read now; on all ranks.
             CommError: another rank is gone or did not answer in time.
         """
         self._require_idle()
-        problems: list[str] = []
-        for path in self._listed():
-            what = f"the files of {path.name} to be verified"
-            content, digest, mine = verified_share(path, self._rank, self._world)
-            found = gather((digest, mine), self._group, what, board=self._board)
-            wrong = [problem for _, of in found for problem in of]
-            if len({digest for digest, _ in found}) > 1 and not wrong:
-                wrong = [f"{path / MANIFEST}: ranks read different content; is it shared by all?"]
-            self._retention.note(step_of(path), not wrong)
-            if not wrong:
-                assert content is not None
-                if problems and self._rank == 0:
-                    _log.warning("%s; the older %s is used", "; ".join(problems), path)
-                own = content.own[self._rank] if len(content.own) == self._world else None
-                return Found(content.step, path, content.values, own, content)
-            problems.append(wrong[0] + (f" (and {len(wrong) - 1} more)" if wrong[1:] else ""))
-        if problems:
-            raise CheckpointError(
-                f"{self._folder}: no checkpoint is undamaged: {'; '.join(problems)}; repair one, "
-                "or move them away to begin anew"
-            )
-        return None
+        reader = self._reader()
+        return reader.newest(
+            reader.agreed_paths(lambda: checkpoints_in(self._folder), self._folder),
+            note=lambda path, good: self._retention.note(step_of(path), good),
+            remedy="repair one, or move them away to begin anew",
+        )
 
     def load(self, found: Found, pieces: Iterable[Piece]) -> None:
         """Fill pieces from a checkpoint, whatever the layout that saved it; a collective.
@@ -248,26 +200,15 @@ class Checkpoints:
         the piece's are converted as Tensor.copy_ does; equal dtypes keep every bit.
 
         Raises:
-            CheckpointError: a name is missing or of another shape, or a file cannot be read; on
-                all ranks.
+            CheckpointError: a name is missing or of another shape; on all ranks.
+            ReadError: a file cannot be read now; on all ranks.
             CommError: another rank is gone or did not answer in time.
         """
         self._require_idle()
-        self._stand = _Stand(found.step)
-        shapes = {name: record.shape for name, record in found.content.records.items()}
-        try:
-            with self._waiting(f"{found.path.name} to be read"):
-                load(
-                    by_name(pieces),
-                    storage_reader=ManifestReader(found.path, found.content, self._stand.say),
-                    planner=LoadStretches(shapes, found.path),
-                    process_group=self._group,
-                    no_dist=self._group is None,
-                )
-        except CheckpointException as error:
-            raise CheckpointError(_first_failure(error)) from None
-        except RuntimeError as error:
-            raise CommError(self._lost("reading", error), peers=self._others) from error
+        self._reader().load(found, pieces)
+
+    def _reader(self) -> Reader:
+        return Reader(self._group, timeout_s=self._timeout_s, board=self._board)
 
     def close(self) -> None:
         """Wait for a save under way, and give its memory back."""
@@ -279,19 +220,16 @@ class Checkpoints:
     def _others(self) -> tuple[int, ...]:
         return tuple(rank for rank in range(self._world) if rank != self._rank)
 
-    @contextlib.contextmanager
-    def _waiting(self, what: str) -> Iterator[None]:
-        with self._board.waiting(what, range(self._world)):
-            yield
-
     def _idle(self) -> bool:
         """Wait for the thread, as long as it gets on; whether it has ended."""
-        thread = self._thread
+        thread, stand = self._thread, self._stand
         if thread is not None and thread.is_alive():
-            with self._waiting(f"the checkpoint of step {self._stand.step}"):
-                limit_s = self._timeout_s + _LATER_S
-                while thread.is_alive() and time.monotonic() < self._stand.since + limit_s:
-                    thread.join(max(0.0, self._stand.since + limit_s - time.monotonic()))
+            limit_s = self._timeout_s + _LATER_S
+            with stand.waiting(f"the checkpoint of step {stand.step}", range(self._world)):
+                while thread.is_alive() and time.monotonic() < stand.since + limit_s:
+                    stand.show()
+                    left_s = stand.since + limit_s - time.monotonic()
+                    thread.join(min(max(0.0, left_s), _LOOK_S))
         return thread is None or not thread.is_alive()
 
     def _late(self) -> str:
@@ -302,7 +240,7 @@ class Checkpoints:
 
     def _require_idle(self) -> None:
         if not self._idle():
-            raise CheckpointError(f"rank {self._rank}: {self._late()}")
+            raise CommError(f"rank {self._rank}: {self._late()}", peers=self._others)
         if self._broken:
             raise CommError(self._broken, peers=self._others)
 
@@ -311,7 +249,7 @@ class Checkpoints:
 
         Its connections close, so that ranks that wait for this one are told at once.
         """
-        self._broken = f"an earlier save failed ({reason}), and the run must be started again"
+        self._broken = f"{reason}; nothing can be saved any more: the run must be started again"
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
@@ -330,7 +268,7 @@ class Checkpoints:
                 no_dist=self._group is None,
             )
         except CheckpointException as error:
-            problem = _first_failure(error)
+            problem = first_failure(error)
         except RuntimeError as error:
             problem = self._lost("saving", error)
             self._break_off(problem)
@@ -363,32 +301,10 @@ class Checkpoints:
             return str(told(error, self._folder, "cannot be written"))
         return ""
 
-    def _listed(self) -> list[Path]:
-        """The checkpoints that rank 0 sees, newest first."""
-        paths: list[Path] = []
-        problem = ""
-        if self._rank == 0:
-            try:
-                paths = checkpoints_in(self._folder)
-            except OSError as error:
-                problem = str(told(error, self._folder, "cannot be read"))
-        told_of = gather((paths, problem), self._group, "the checkpoints there", board=self._board)
-        self._raise_first([problem for _, problem in told_of])
-        return told_of[0][0]
-
     def _raise_first(self, problems: Sequence[str]) -> None:
         for problem in problems:
             if problem:
                 raise CheckpointError(problem)
-
-
-def _first_failure(error: CheckpointException) -> str:
-    """What the first rank that failed says, as one line."""
-    rank, (cause, _) = min(error.failures.items())
-    kind = "" if isinstance(cause, CheckpointError) else f"{type(cause).__name__}: "
-    more = len(error.failures) - 1
-    rest = f" (and on {more} more ranks)" if more else ""
-    return f"rank {rank}: {kind}{cause}{rest}"
 
 
 def _num_bytes(metadata: Metadata) -> int:

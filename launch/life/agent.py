@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -27,13 +27,15 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from .alarm import board, mark_gone, ring
-from .nodes import Council, Report
-from .status import DONE, FAILED, FINAL
-from .stop import ONE_REQUEST_S, hold
+from .nodes import Council, NodeError, Report
+from .status import DONE, FAILED, FINAL, STOPPED
+from .stop import ONE_REQUEST_S, hold, let_in
 from .verdict import ended_how, verdict
 
 _LOOK_S = 0.2  # between looks at the ranks
+_FEW = 256  # machines that may all ask the store at every look; more of them look more seldom
 _SETTLE_S = 8.0  # for ranks to say where they stand, once one of them has failed
+_SETTLE_OF_RANK_S = 0.003  # more of that for each rank
 _MISTAKE_S = 1.0  # the same after a user's mistake: there is nothing to say
 _LATER_S = 30.0  # to end after grace_s, before the agent ends ranks
 _REPORTS_S = 120.0  # for all machines to tell of an attempt; to end a hung rank takes 40 s
@@ -50,6 +52,7 @@ class Agent(LocalElasticAgent):
         grace_s: what ranks have from a request to stop until they have ended, seconds; 0 ends them
             at once.
         was_stopped: whether rank 0, which has ended well, was stopped before its time.
+        nothing_to_lose: a request to stop ends ranks at once, and counts as granted.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Agent(LocalElasticAgent):
         max_restarts: int,
         grace_s: float,
         was_stopped: Callable[[], bool],
+        nothing_to_lose: bool = False,
     ) -> None:
         nodes = council.nodes
         spec = WorkerSpec(
@@ -70,7 +74,7 @@ class Agent(LocalElasticAgent):
             entrypoint=command[0],
             args=tuple(command[1:]),
             max_restarts=max_restarts,
-            monitor_interval=_LOOK_S,
+            monitor_interval=_LOOK_S * max(1.0, nodes.num_nodes / _FEW),
             master_addr=nodes.master_addr,
             master_port=council.port,
         )
@@ -81,6 +85,7 @@ class Agent(LocalElasticAgent):
         self._max_restarts = max_restarts
         self._grace_s = grace_s
         self._was_stopped = was_stopped
+        self._nothing_to_lose = nothing_to_lose
         self._request: signal.Signals | None = None
         self._sigterm_at: float | None = None
         self._deadline = float("inf")
@@ -104,9 +109,16 @@ class Agent(LocalElasticAgent):
         # torch sets handlers of its own for those named here.
         names = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE")
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
+            let_in()  # what has come since `hold` is heard here
             yield
+        except SignalException:
+            if self.stopped:
+                self._leave()
+            raise
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for number, handler in before.items():
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
             if names is None:
@@ -122,7 +134,10 @@ class Agent(LocalElasticAgent):
         if name == signal.SIGTERM:
             again = self._sigterm_at is not None and now > self._sigterm_at + ONE_REQUEST_S
             self._sigterm_at = self._sigterm_at or now
-        if name == signal.SIGINT or again or not self._grace_s or self._pcontext is None:
+        waits = self._grace_s > 0 or (self._nothing_to_lose and self._pcontext is None)
+        if self._nothing_to_lose and name != signal.SIGINT and not again:
+            self.stopped = not waits
+        if name == signal.SIGINT or again or not waits:
             self._end(name)
         if self._request is None:
             self._request, self._deadline = name, now + self._grace_s + _LATER_S
@@ -130,13 +145,24 @@ class Agent(LocalElasticAgent):
     def _end(self, name: signal.Signals) -> None:
         """End all ranks at once, with the signal where they hear it so."""
         self.ended_by = name
-        hand_on = signal.SIGTERM if name == signal.SIGTERM and not self._grace_s else signal.SIGINT
+        # Ranks with nothing to lose have no handler of their own: SIGINT would give tracebacks.
+        silent = self._nothing_to_lose or (name == signal.SIGTERM and not self._grace_s)
+        hand_on = signal.SIGTERM if silent else signal.SIGINT
         raise SignalException(f"ended by {name.name}", hand_on)
+
+    def _leave(self) -> None:
+        """Tell the other machines that the run was stopped before there was anything to save."""
+        with suppress(NodeError, RuntimeError):
+            self._council.end_attempt(self.attempt, mistake=True)
+            self._council.report(self.attempt, Report({}, asked=True, early=True))
 
     # torch's decorator hides the types of these from a checker.
     def _start_workers(  # pyright: ignore[reportIncompatibleVariableOverride]
         self, worker_group: WorkerGroup
     ) -> dict[int, Any]:
+        if self._request is not None and self._pcontext is None:  # asked before the first start
+            self.stopped = True
+            self._end(self._request)
         self._ended_at.clear()
         self._done_told = False
         # A rank that is not ready yet keeps them until it is.
@@ -208,9 +234,8 @@ class Agent(LocalElasticAgent):
             rank: (status, behind + self._ended_at.get(rank, now) - first)
             for rank, status in statuses.items()
         }
-        reports = self._council.exchange(
-            attempt, Report(failed, self._request is not None), _REPORTS_S
-        )
+        self._council.report(attempt, Report(failed, self._request is not None))
+        reports = self._council.reports(attempt, _REPORTS_S)
         self._decide(reports, {worker.global_rank for worker in worker_group.workers})
         return RunResult(State.FAILED, failures=result.failures)
 
@@ -223,7 +248,9 @@ class Agent(LocalElasticAgent):
                 mark_gone(alarms, rank, ended_how(status))
             rank, status = next(iter(found.items()))
             ring(alarms, f"rank {rank} {ended_how(status)}")
-        end = time.monotonic() + (_MISTAKE_S if mistake else _SETTLE_S)
+        num_ranks = self._council.nodes.num_nodes * len(worker_group.workers)
+        settle_s = _SETTLE_S + _SETTLE_OF_RANK_S * num_ranks
+        end = time.monotonic() + (_MISTAKE_S if mistake else settle_s)
         while time.monotonic() < end and _alive(worker_group):
             time.sleep(_LOOK_S / 4)
             self._failures(worker_group)
@@ -234,6 +261,9 @@ class Agent(LocalElasticAgent):
 
     def _decide(self, reports: list[Report], own: set[int]) -> None:
         """Say what failed, on the machine where it did; no restart where that cannot help."""
+        if any(report.early for report in reports):
+            self._remaining_restarts, self.status = 0, STOPPED
+            return
         failed = {r: told for report in reports for r, told in report.failed.items()}
         if not failed:  # nobody's ranks failed: they ended well when told to end
             self._remaining_restarts, self.status = 0, FAILED

@@ -5,10 +5,12 @@ Rung by a rank that cannot go on, or by the agent of a machine that has lost one
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import socket
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
@@ -37,13 +39,31 @@ def rung(board: Store) -> str | None:
 
 def mark_gone(board: Store, rank: int, how: str) -> None:
     """Tell that a rank has ended: nobody need wait for its answer."""
-    board.set(f"gone/{rank}", how)
+    add_row(board, "gone", (rank, how))
 
 
-def how_gone(board: Store, rank: int) -> str:
-    """What `mark_gone` told, or ""."""
-    key = f"gone/{rank}"
-    return board.get(key).decode() if board.check([key]) else ""
+def add_row(board: Store, name: str, row: Sequence[object]) -> None:
+    """Add to a list that is read whole: thousands of ranks would else be asked one by one.
+
+    Args:
+        board: where the list is.
+        name: of the list.
+        row: what JSON can hold; begins with the rank whose row it is.
+    """
+    board.append(name, json.dumps(row) + "\n")  # pyright: ignore[reportAttributeAccessIssue]
+    board.add(f"{name}/count", 1)
+
+
+def num_rows(board: Store, name: str) -> int:
+    """How many rows a list has."""
+    return board.add(f"{name}/count", 0)
+
+
+def rows(board: Store, name: str) -> dict[int, list[Any]]:
+    """What follows the rank in each row of a list, by rank; a rank's last row counts."""
+    text = board.get(name).decode() if board.check([name]) else ""
+    found = (json.loads(line) for line in text.splitlines())
+    return {rank: rest for rank, *rest in found}
 
 
 class Lifeline:

@@ -8,7 +8,6 @@ attempt is over for all as soon as it is for one, and begins for all together.
 from __future__ import annotations
 
 import json
-import socket
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -16,10 +15,12 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from ..settings import ConfigError
+from ..torchrun import PortError
 from .alarm import Lifeline
 
 _RETRY_S = 0.1
+_FEW = 64  # machines that may all look that often; more of them look more seldom
+_QUIET_S = 5.0  # of machines that all lose node 0: the end of one may end them
 _SHOWN = 8
 _LEAVE_S = 10.0  # node 0 holds the store for the others this long at most
 _STORE_S = 30.0  # limit of one question to the store
@@ -41,7 +42,16 @@ class Nodes(NamedTuple):
 
 
 class NodeError(RuntimeError):
-    """Another machine has not come, or is gone."""
+    """Another machine has not come, or is gone.
+
+    Attributes:
+        missing: node ranks of machines that have not come when the run was to begin.
+        told: whether another machine says the same, so that this one need not.
+    """
+
+    def __init__(self, message: str, *, missing: Sequence[int] = (), told: bool = False) -> None:
+        super().__init__(message)
+        self.missing, self.told = tuple(missing), told
 
 
 class Report(NamedTuple):
@@ -50,10 +60,12 @@ class Report(NamedTuple):
     Attributes:
         failed: by rank: exit status, negative for a signal, and when, for comparing.
         asked: whether this node was asked to stop.
+        early: and has stopped before there was anything to save.
     """
 
     failed: dict[int, tuple[int, float]]
     asked: bool
+    early: bool = False
 
 
 class Council:
@@ -68,7 +80,7 @@ class Council:
         store: of the ranks too.
 
     Raises:
-        ConfigError: node 0 cannot listen at the port, or its name is not known.
+        PortError: node 0 cannot listen at the port.
         NodeError: not all machines have come in time.
     """
 
@@ -88,17 +100,21 @@ class Council:
             )
         except dist.DistNetworkError as error:  # someone took the port after we looked
             reason = str(error).splitlines()[0]
-            raise ConfigError(f"run.port={port} cannot be used: {reason}") from None
+            raise PortError(port, reason) from None
         self._own = dist.PrefixStore(  # pyright: ignore[reportPrivateImportUsage]
             f"agents/{nodes.run_id}", self.store
         )
-        self._await_all("come", limit_s, "has not come to {where} within {limit:g} s")
+        self._come("come")
+        late = "has not come to {where} within {limit:g} s"
+        self._await_all("come", limit_s, late, at_start=True)
 
     def check(self) -> None:
         """Raises:
         NodeError: node 0 is gone, and the store with it.
         """
         if self._lifeline is not None and self._lifeline.broken():
+            if self.nodes.node_rank > 1:  # the store cannot tell whether another one says it
+                time.sleep(_QUIET_S)
             raise NodeError(f"node 0 ({self.nodes.master_addr}) is gone")
 
     def end_attempt(self, attempt: int, *, mistake: bool) -> int:
@@ -131,19 +147,24 @@ class Council:
             return None
         return self._own.get(f"{attempt}/done/0").decode()
 
-    def exchange(self, attempt: int, report: Report, limit_s: float) -> list[Report]:
-        """Every node's report of an attempt that is over.
+    def report(self, attempt: int, report: Report) -> None:
+        """Tell the others of an attempt that is over."""
+        text = json.dumps([list(report.failed.items()), report.asked, report.early])
+        self._own.set(f"{attempt}/report/{self.nodes.node_rank}", text)
+        self._come(f"{attempt}/reports")
+
+    def reports(self, attempt: int, limit_s: float) -> list[Report]:
+        """What every node tells of an attempt that is over.
 
         Raises:
-            NodeError: not all came within the limit.
+            NodeError: not all have within the limit.
         """
-        text = json.dumps([list(report.failed.items()), report.asked])
-        self._own.set(f"{attempt}/report/{self.nodes.node_rank}", text)
         self._await_all(f"{attempt}/reports", limit_s, "gave no answer within {limit:g} s")
+        keys = [f"{attempt}/report/{node}" for node in range(self.nodes.num_nodes)]
         found: list[Report] = []
-        for node in range(self.nodes.num_nodes):
-            failed, asked = json.loads(self._own.get(f"{attempt}/report/{node}"))
-            found.append(Report({r: (status, when) for r, (status, when) in failed}, asked))
+        for text in self._own.multi_get(keys):
+            failed, asked, early = json.loads(text)
+            found.append(Report({r: (status, when) for r, (status, when) in failed}, asked, early))
         return found
 
     def close(self) -> None:
@@ -160,20 +181,33 @@ class Council:
         if self._lifeline is not None:
             self._lifeline.close()
 
-    def _await_all(self, key: str, limit_s: float, late: str) -> None:
-        nodes = self.nodes
-        host = socket.gethostname()
+    def _come(self, key: str) -> None:
         self.check()
-        self._own.set(f"{key}/{nodes.node_rank}", host)
+        self._own.set(f"{key}/{self.nodes.node_rank}", "")
         self._own.add(key, 1)
+
+    def _await_all(self, key: str, limit_s: float, late: str, *, at_start: bool = False) -> None:
+        """Wait until every node has come; the first whose time is up says for all who has not."""
+        nodes = self.nodes
+        pause_s = _RETRY_S * max(1.0, nodes.num_nodes / _FEW)
         end = time.monotonic() + limit_s
         while self._own.add(key, 0) < nodes.num_nodes:
-            if time.monotonic() > end:
-                missing = [n for n in range(nodes.num_nodes) if not self._own.check([f"{key}/{n}"])]
+            if self._own.check([f"{key}/late"]) or time.monotonic() > end:
+                first = self._own.add(f"{key}/late", 1) == 1
+                missing = self._missing(key) if first else []
+                if nodes.node_rank == 0:  # its store goes with it: let the others read there
+                    time.sleep(5 * pause_s)
                 where = f"{nodes.master_addr}:{self.port}"
-                raise NodeError(f"{_name(missing)} {late.format(where=where, limit=limit_s)}")
-            time.sleep(_RETRY_S)
+                raise NodeError(
+                    f"{_name(missing)} {late.format(where=where, limit=limit_s)}",
+                    missing=missing if at_start else (),
+                    told=not first,
+                )
+            time.sleep(pause_s)
             self.check()
+
+    def _missing(self, key: str) -> list[int]:
+        return [n for n in range(self.nodes.num_nodes) if not self._own.check([f"{key}/{n}"])]
 
     def _reach(self, limit_s: float) -> Lifeline:
         """Wait until node 0 listens: torch's own wait logs pages of C++ frames."""
@@ -186,7 +220,8 @@ class Council:
                     why = error.strerror or error
                     raise NodeError(
                         f"node 0 cannot be reached at {address}:{self.port} within {limit_s:g} s: "
-                        f"{why}"
+                        f"{why}",
+                        missing=(0,),
                     ) from None
             time.sleep(_RETRY_S)
 

@@ -84,14 +84,17 @@ class LossGuard:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from where `state()` was taken.
-
-        After going back to a checkpoint restore the state of before: events that were forgotten
-        would never end.
-        """
-        self._losses = deque(state["losses"], maxlen=self._config.window)
+        """Go on from where `state()` was taken."""
+        self.roll_back(state)
         self._num_events = int(state["num_events"])
         self._last_events = deque(state["last_events"], maxlen=_TOLD)
+
+    def roll_back(self, state: Mapping[str, Any]) -> None:
+        """Judge by the losses of when `state()` was taken, which those since no longer follow.
+
+        Events stay counted: if they were forgotten, a run could go back for ever.
+        """
+        self._losses = deque(state["losses"], maxlen=self._config.window)
 
     def _spike(self, loss: float) -> str:
         """What is wrong with this finite loss, "" if nothing is."""

@@ -34,6 +34,12 @@ def hold() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
 
 
+def let_in() -> set[signal.Signals]:
+    """End what `hold` began, for a process that listens now; the mask of before."""
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
+    return {signal.Signals(number) for number in before}
+
+
 class StopRequests:
     """While open, SIGTERM, SIGUSR1 and SIGUSR2 ask this rank to stop; SIGINT ends it at once.
 
@@ -90,7 +96,7 @@ class StopRequests:
             # A handler must be there for the interpreter to write to the descriptor at all.
             self._handlers.append((number, signal.signal(number, lambda *_: None)))
         self._thread.start()
-        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, _HELD)
+        self._mask = let_in()
         return self
 
     def __exit__(

@@ -7,7 +7,6 @@ end.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading
@@ -30,6 +29,9 @@ if TYPE_CHECKING:
 _STDERR = 2
 _LOOK_S = 1.0
 _STORE_S = 10.0  # limit of one question to the store
+_AWAIT_S = 0.05  # between looks for what others put into the store
+_FEW = 256  # ranks that may all look that often; more of them look more seldom
+_ANSWER_OF_RANK_S = 0.001  # more time to answer for each rank
 
 
 class Watchdog:
@@ -40,18 +42,21 @@ class Watchdog:
 
     Args:
         where: what the main thread is doing; called from another thread. Ends with "waiting for
-            WHAT from rank N" during a wait.
+            WHAT from rank N" during a wait. Any change of it is a movement: long work of which only
+            a number can be told, such as the bytes of a file read so far, tells that.
         place: this rank's.
         limit_s: how long `where` may stay the same, seconds; above the limit of a wait, whose own
             error says more.
-        answer_s: how long the ranks have to answer an alarm, seconds.
+        answer_s: how long the ranks have to answer an alarm, seconds; thousands get a little more.
     """
 
     def __init__(
         self, where: Callable[[], str], place: Place, *, limit_s: float, answer_s: float = 5.0
     ) -> None:
         self._where, self._place = where, place
-        self._limit_s, self._answer_s = limit_s, answer_s
+        self._limit_s = limit_s
+        self._answer_s = answer_s + _ANSWER_OF_RANK_S * place.world_size
+        self._await_s = _AWAIT_S * max(1.0, place.world_size / _FEW)
         self._look_s = min(_LOOK_S, limit_s / 10)
         self._board: Store | None = None
         self._lifeline: alarm.Lifeline | None = None
@@ -112,7 +117,7 @@ class Watchdog:
                 wait_for_workers=False,
             )
             self._board = alarm.board(store, alarm.attempt_number())
-            self._board.set(f"host/{place.rank}", socket.gethostname())
+            alarm.add_row(self._board, "hosts", (place.rank, socket.gethostname()))
         except (OSError, RuntimeError):
             self._board = None  # watches this rank alone
 
@@ -183,33 +188,37 @@ class Watchdog:
     def _answer(self, board: Store, why: str) -> bool:
         rank, began = self._place.rank, time.monotonic()
         line, peers = self._failure or (self._line(), ())
-        board.set(f"answer/{rank}", json.dumps([line, peers]))
+        alarm.add_row(board, "answers", (rank, line, peers))
         first = board.add("printers", 1) == 1
         if first:
             self._await(board, began + self._answer_s, self._all_answered)
             self._print(board, why)
             return True
-        late = began + self._answer_s + 2 * _LOOK_S
+        more_s = 2 * (_LOOK_S + self._await_s)
+        late = began + self._answer_s + more_s
         if self._await(board, late, lambda board: board.check(["printed"])):
             return True
         if board.add("second printers", 1) == 1:  # the first is gone itself
             self._print(board, why)
             return True
-        return self._await(board, late + 2 * _LOOK_S, lambda board: board.check(["printed"]))
+        return self._await(board, late + more_s, lambda board: board.check(["printed"]))
 
     def _await(self, board: Store, end: float, so: Callable[[Store], bool]) -> bool:
         while not so(board):
             if time.monotonic() > end:
                 return False
-            time.sleep(0.05)
+            time.sleep(self._await_s)
         return True
 
     def _all_answered(self, board: Store) -> bool:
-        ranks = range(self._place.world_size)
-        return all(board.check([f"answer/{rank}"]) or alarm.how_gone(board, rank) for rank in ranks)
+        world = self._place.world_size
+        if alarm.num_rows(board, "answers") + alarm.num_rows(board, "gone") < world:
+            return False
+        # A rank may have answered and gone.
+        return len({*alarm.rows(board, "answers"), *alarm.rows(board, "gone")}) == world
 
     def _print(self, board: Store, why: str) -> None:
-        self._say(table(why, [_standing(board, r) for r in range(self._place.world_size)]))
+        self._say(table(why, _standings(board, self._place.world_size)))
         board.set("printed", "")
 
     def _say(self, text: str) -> None:
@@ -218,9 +227,12 @@ class Watchdog:
             os.write(_STDERR, text.encode(errors="replace"))
 
 
-def _standing(board: Store, rank: int) -> Standing:
-    def given(key: str) -> str:
-        return board.get(key).decode() if board.check([key]) else ""
-
-    line, peers = json.loads(given(f"answer/{rank}") or '["", []]')
-    return Standing(rank, given(f"host/{rank}"), line, tuple(peers), alarm.how_gone(board, rank))
+def _standings(board: Store, world_size: int) -> list[Standing]:
+    hosts, answers = alarm.rows(board, "hosts"), alarm.rows(board, "answers")
+    gone = alarm.rows(board, "gone")
+    found: list[Standing] = []
+    for rank in range(world_size):
+        (host,), (how,) = hosts.get(rank, ("",)), gone.get(rank, ("",))
+        line, peers = answers.get(rank, ("", ()))
+        found.append(Standing(rank, host, line, tuple(peers), how))
+    return found

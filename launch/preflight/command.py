@@ -26,7 +26,7 @@ def command_findings(command: str, *, timeout_s: float, node: str) -> list[Findi
         node: this node's name.
 
     Returns:
-        Nothing if it ends with 0. A program that cannot be started is the job's mistake.
+        Nothing if it ends with 0. A program that cannot be started may be the job's mistake.
     """
     if not command:
         return []
@@ -42,11 +42,12 @@ def command_findings(command: str, *, timeout_s: float, node: str) -> list[Findi
             )
         except OSError as error:
             message = f"{words[0]}: {error.strerror or error}; correct preflight.command"
-            return [Finding(CHECK, "bad", message)]
+            return [Finding(CHECK, "bad", message, node, kind="no program", configured=True)]
         try:
             status = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            return [Finding(CHECK, "bad", f"{words[0]} does not end within {timeout_s:g} s", node)]
+            message = f"{words[0]} does not end within {timeout_s:g} s"
+            return [Finding(CHECK, "bad", message, node, kind="refuses")]
         finally:
             # Also what it left behind in its session.
             with suppress(ProcessLookupError, PermissionError):
@@ -56,7 +57,8 @@ def command_findings(command: str, *, timeout_s: float, node: str) -> list[Findi
             return []
         how = f"is ended by signal {-status}" if status < 0 else f"ends with exit status {status}"
         said = _last_line(output)
-        return [Finding(CHECK, "bad", f"{words[0]} {how}{f': {said}' if said else ''}", node)]
+        message = f"{words[0]} {how}{f': {said}' if said else ''}"
+        return [Finding(CHECK, "bad", message, node, kind="refuses")]
 
 
 def _last_line(output: IO[bytes]) -> str:

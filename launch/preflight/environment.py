@@ -135,5 +135,7 @@ def environment_findings(
         if not (on.gpus or rule.on_cpus) or not rule.hurts(text, on):
             continue
         what = f"{rule.name} is not set" if text is None else f"{rule.name}={text}"
-        found.append(Finding(CHECK, rule.verdict, f"{what}: {rule.why}; {rule.remedy}", node))
+        message = f"{what}: {rule.why}; {rule.remedy}"
+        kind = rule.name
+        found.append(Finding(CHECK, rule.verdict, message, node, kind=kind, configured=True))
     return found

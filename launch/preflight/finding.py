@@ -2,12 +2,16 @@
 
 A finding that is bad and has a node's name makes that node unfit: it is excluded and the job
 requeued. One that is bad and has none is the job's own mistake, which no other node would mend.
+Which of the two it is `decided` says where the findings of all nodes are together: what most nodes
+have is no node's fault.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ..life.status import BAD_NODE, DONE, MISTAKE
@@ -30,12 +34,23 @@ class Finding:
         message: what, where on the node, and what to do; without the node's name, so that the same
             finding on many nodes is the same message.
         node: its name, "" for what concerns the whole job.
+        kind: of the fault, within the check: the same on every node that has it, whatever numbers
+            the message tells; "" where the message tells none.
+        configured: the configuration may be as much at fault as the node, as where it names what
+            is not there; on the only node of a job it is.
     """
 
     check: str
     verdict: Verdict
     message: str
     node: str = ""
+    kind: str = ""
+    configured: bool = False
+
+    @property
+    def fault(self) -> tuple[str, str]:
+        """What findings of several nodes have in common."""
+        return self.check, self.kind or self.message
 
 
 class Group(NamedTuple):
@@ -95,27 +110,54 @@ def status_of(findings: Iterable[Finding]) -> int:
     return BAD_NODE if bad else DONE
 
 
-def not_of_every_node(findings: Sequence[Finding], nodes: Sequence[str]) -> list[Finding]:
-    """Findings of a job, where one that every node has is the job's and no node's.
+def decided(findings: Sequence[Finding], nodes: Sequence[str]) -> list[Finding]:
+    """Findings of a job, where a fault that most of its nodes have is the job's and no node's.
 
-    Without that, a variable that is exported wrongly would exclude the whole cluster, node by node.
+    Without that, a variable that is exported wrongly, or another job's cleaning up, would exclude
+    the whole cluster, node by node. Of a job's only node the faults that may be the configuration's
+    are the job's.
 
     Args:
         findings: of all nodes.
-        nodes: their names; of one node alone nothing can be told.
+        nodes: their names.
     """
     names = set(nodes)
-    if len(names) < 2:
-        return list(findings)
-    common = {
-        group[:3]
-        for group in grouped(findings)
-        if group.verdict == "bad" and set(group.nodes) >= names
-    }
-    found = [
-        replace(f, node="") if (f.check, f.verdict, f.message) in common else f for f in findings
-    ]
-    return list(dict.fromkeys(found))
+    where: dict[tuple[str, str], dict[str, None]] = {}
+    for found in findings:
+        if found.verdict == "bad" and found.node:
+            where.setdefault(found.fault, {})[found.node] = None
+    told: dict[Finding, None] = {}
+    of_job: set[tuple[str, str]] = set()
+    for found in findings:
+        count = len(where.get(found.fault, ()))
+        common = len(names) > 1 and 2 * count > len(names)
+        alone = len(names) == 1 and found.configured
+        if found.verdict == "bad" and (common or alone or not found.node):
+            if found.fault in of_job:
+                continue
+            of_job.add(found.fault)
+            if common:
+                found = replace(found, message=_of_most(found, count, len(names)))
+            found = replace(found, node="")
+        told[found] = None
+    return list(told)
+
+
+def save_findings(path: Path, findings: Sequence[Finding]) -> None:
+    """Write findings for `load_findings`."""
+    path.write_text(json.dumps([asdict(found) for found in findings]), encoding="utf-8")
+
+
+def load_findings(path: Path) -> list[Finding]:
+    """Read what `save_findings` wrote."""
+    return [Finding(**value) for value in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def _of_most(finding: Finding, count: int, num_nodes: int) -> str:
+    return (
+        f"on {count} of {num_nodes} nodes, which is no single node's fault, so none is excluded: "
+        f"{finding.message} (so on {finding.node})"
+    )
 
 
 def _line(group: Group) -> str:

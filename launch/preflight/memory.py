@@ -1,7 +1,8 @@
 """What a run will take of each rank's memory, and whether that is there, before anything starts.
 
-Parameters, gradients and optimizer states are exact. Activations are those that the schedule holds
-at its peak, each chunk by what its layers keep (`activations`), with experts' rows spread evenly.
+Parameters, gradients and optimizer states are exact, ZeRO's shares to their rounding. Activations
+are those that the schedule holds at its peak, each chunk by what its layers keep (`activations`),
+with experts' rows spread evenly. A run is refused for these alone.
 What a layer works with for a moment, what moves on its way, and what CUDA and NCCL take are
 estimates, and called so.
 """
@@ -16,7 +17,7 @@ from ...parallel.schedule import Op, Pair, Schedule, actions
 from ...parallel.simulate import Costs, Memory, memory_of, simulate
 from ..config import Config
 from .activations import StageActivations, activations
-from .finding import Finding
+from .finding import Finding, Verdict
 from .sizes import Weight, stage_weights
 
 CHECK = "memory"
@@ -44,6 +45,10 @@ PARTS = (
 )
 
 
+# Of them what is predicted and not estimated.
+EXACT = ("parameters", "gradients", "optimizer", "activations")
+
+
 @dataclass(frozen=True)
 class RankEstimate:
     """Bytes that a rank takes at most, by what they are.
@@ -52,11 +57,18 @@ class RankEstimate:
         stages: that it holds.
         parts: by the names in PARTS.
         host: of the parameters' moving average, in CPU memory.
+        staging: of an asynchronous checkpoint's copy, in CPU memory.
     """
 
     stages: tuple[int, ...]
     parts: Mapping[str, int]
     host: int
+    staging: int = 0
+
+    @property
+    def exact(self) -> int:
+        """Bytes of it that are no estimate."""
+        return sum(self.parts[name] for name in EXACT)
 
     @property
     def total(self) -> int:
@@ -106,52 +118,78 @@ def estimate_memory(config: Config, schedule: Schedule, *, device: str) -> Memor
         parts = _static(config, mine, device)
         working = (2 if pairs else 1) * max(stages[stage].working for stage in held)
         # Activations are gone when the optimizer computes, so what it works with may fit there.
-        update = _update_bytes(config, mine, device)
+        update = update_bytes(config, mine, device)
         parts["activations"] = peak
         parts["working memory"] = max(working, update - peak)
         parts["dispatch and transfers"] = _moving(config)
         parts["allowance"] = _allowance(sum(parts.values()), device)
         parts = {name: parts[name] for name in PARTS}
-        host = 0
+        averaged = 0
         if config.train.ema_decay is not None:
-            host = 8 * sum(_local(config, w) for w in mine.values())
-        ranks.append(RankEstimate(held, parts, host))
+            averaged = sum(-(-_local(config, w) // _sharers(config, w)) for w in mine.values())
+        saved = 0
+        if config.checkpoint.enabled and config.checkpoint.asynchronous:
+            # All that the rank holds, whoever else holds it too; of averages not what is on its way
+            # into them.
+            saved = parts["parameters"] + parts["optimizer"] + 4 * averaged
+        ranks.append(RankEstimate(held, parts, host=8 * averaged, staging=saved))
     chunks = tuple(rank.peak for rank in memory_of(simulate(schedule, Costs()), Memory()))
     return MemoryEstimate(tuple(ranks), device, chunks)
 
 
 def memory_findings(
-    estimate: MemoryEstimate, *, memory_bytes: int, ranks: int, node: str = ""
+    estimate: MemoryEstimate,
+    *,
+    memory_bytes: int,
+    ranks: int,
+    node: str = "",
+    host_bytes: int = 0,
 ) -> list[Finding]:
-    """Whether a run fits. That it does not is the configuration's fault, so of no node.
+    """Whether a run fits: refused where what is exact does not, a warning where estimates do not.
+
+    That it does not is the configuration's fault, unless few nodes have less memory than others.
 
     Args:
         estimate: of the run.
-        memory_bytes: of one GPU; without GPUs of the whole machine.
+        memory_bytes: of one GPU; without GPUs of the whole machine; 0 if unknown.
         ranks: of the run on this machine.
-        node: where that memory was found, for the message.
+        node: where that memory was found, "" if it was only told.
+        host_bytes: of the machine, where `memory_bytes` is of a GPU; 0 if unknown.
     """
-    if not memory_bytes:
-        return []
-    where = f" on {node}" if node else ""
-    if estimate.device == "cpu":
-        # What a machine without GPUs can lend and page out nobody knows: only the plain excess.
-        mean = sum(rank.total + rank.host for rank in estimate.ranks) / len(estimate.ranks)
-        needed, what = mean * ranks, f"{ranks} ranks take about"
+    on_cpu = estimate.device == "cpu"
+    count = len(estimate.ranks)
+    host = sum(rank.host + rank.staging for rank in estimate.ranks) / count * ranks
+    if on_cpu:
+        # Which pipeline ranks a machine gets nobody knows here: as many of each as can be.
+        exact = sum(rank.exact for rank in estimate.ranks) / count * ranks
+        needed = sum(rank.total for rank in estimate.ranks) / count * ranks + host
+        what, of = f"{ranks} ranks take about", "the machine's"
     else:
         worst = estimate.worst
-        needed, what = estimate.ranks[worst].total, f"pipeline rank {worst} takes about"
-    if needed <= memory_bytes:
-        return []
-    of = "the machine's" if estimate.device == "cpu" else "a GPU's"
-    largest = estimate.ranks[estimate.worst].parts
-    most = sorted(largest, key=lambda name: -largest[name])[:3]
-    shares = ", ".join(f"{name} {largest[name] / GIB:.1f}" for name in most)
-    message = (
-        f"{what} {needed / GIB:.1f} GiB, {of} memory{where} is {memory_bytes / GIB:.1f} ({shares} "
-        f"GiB); {_remedy(most[0])}"
-    )
-    return [Finding(CHECK, "bad", message)]
+        exact = max(rank.exact for rank in estimate.ranks)
+        needed = estimate.ranks[worst].total
+        what, of = f"pipeline rank {worst} takes about", "a GPU's"
+    found: list[Finding] = []
+    if memory_bytes and needed > memory_bytes:
+        bad = exact > memory_bytes
+        largest = estimate.ranks[estimate.worst].parts
+        most = sorted(largest, key=lambda name: -largest[name])[:3]
+        shares = ", ".join(f"{name} {largest[name] / GIB:.1f}" for name in most)
+        sure = f"at least {exact / GIB:.1f}" if bad else f"{exact / GIB:.1f} of it for sure"
+        message = (
+            f"{what} {needed / GIB:.1f} GiB, {sure}; {of} memory is {memory_bytes / GIB:.1f} "
+            f"({shares} GiB); {_remedy(most[0])}"
+        )
+        verdict: Verdict = "bad" if bad else "warning"
+        found.append(Finding(CHECK, verdict, message, node, kind="too small", configured=True))
+    if not on_cpu and host_bytes and host > host_bytes:
+        message = (
+            f"{ranks} ranks keep about {host / GIB:.1f} GiB in the machine's memory of "
+            f"{host_bytes / GIB:.1f} (moving averages, and the copy that an asynchronous "
+            "checkpoint is written from); set checkpoint.asynchronous to false"
+        )
+        found.append(Finding(CHECK, "warning", message, node, kind="host"))
+    return found
 
 
 def _remedy(part: str) -> str:
@@ -169,9 +207,19 @@ def _local(config: Config, weight: Weight) -> int:
     return weight.numel // (config.mesh.ep if weight.routed else 1)
 
 
+def _sharers(config: Config, weight: Weight) -> int:
+    """Ranks that share the states of a parameter out: with ZeRO, those that hold the same numbers.
+
+    Experts are held by dp / ep of the ranks that see other data.
+    """
+    shape = config.mesh
+    if not config.zero.stage:
+        return 1
+    return shape.dp // shape.ep if weight.routed else shape.dp
+
+
 def _static(config: Config, weights: Mapping[str, Weight], device: str) -> dict[str, int]:
     """What is there throughout: parameters, gradients, optimizer states."""
-    shape = config.mesh
     found: dict[str, int] = dict.fromkeys(PARTS[:4], 0)
     for weight in weights.values():
         numel = _local(config, weight)
@@ -179,9 +227,7 @@ def _static(config: Config, weights: Mapping[str, Weight], device: str) -> dict[
         # Below float32 gradients are added up in float32.
         found["gradients"] += numel * weight.updated.itemsize
         states = weight.moment_bytes(config.moments) + weight.master_bytes
-        sharers = 1
-        if config.zero.stage:
-            sharers = shape.dp // shape.ep if weight.routed else shape.dp
+        sharers = _sharers(config, weight)
         found["optimizer"] += -(-states * numel // (weight.numel * sharers))
         if weight.fp8:  # on a GPU also turned, as its products read both along the contraction
             copies = 2 if device == "cuda" else 1
@@ -189,13 +235,19 @@ def _static(config: Config, weights: Mapping[str, Weight], device: str) -> dict[
     return found
 
 
-def _update_bytes(config: Config, weights: Mapping[str, Weight], device: str) -> int:
-    """Copies that the optimizer makes while it computes; torch's, on a GPU, of all at once."""
+def update_bytes(config: Config, weights: Mapping[str, Weight], device: str) -> int:
+    """Copies that the optimizer makes while it computes; torch's, on a GPU, of all at once.
+
+    Args:
+        config: the run.
+        weights: of one rank, by name.
+        device: "cuda" or "cpu".
+    """
     if config.moments == "bfloat16":
         return _UPDATED_BYTES
-    sizes = [_local(config, w) * w.updated.itemsize for w in weights.values()]
-    if config.zero.stage:
-        sizes = [size // config.mesh.dp for size in sizes]
+    sizes = [
+        -(-_local(config, w) // _sharers(config, w)) * w.updated.itemsize for w in weights.values()
+    ]
     return sum(sizes) if device == "cuda" else 2 * max(sizes, default=0)
 
 

@@ -15,8 +15,9 @@ from ...comm.topology.health import GpusHealth, find_health
 from ..life.status import DONE
 from .command import command_findings
 from .environment import Circumstances, environment_findings
-from .finding import Finding, bad_nodes, lines, or_ok, status_of
+from .finding import Finding, bad_nodes, decided, lines, or_ok, save_findings, status_of
 from .gpu import gpu_findings
+from .host_memory import memory_of_machine
 from .nic import interface_findings, nic_findings
 from .nodes import node_name, note_bad_nodes
 
@@ -56,7 +57,7 @@ def node_findings(
         command, command_timeout_s: preflight's keys.
     """
     if health is None:
-        health = GpusHealth() if gpus_wanted == 0 else find_health()
+        health = _health(environ, gpus_wanted)
     if nics is None:
         nics = find_nics()
     has_affinity = hasattr(os, "sched_getaffinity")
@@ -85,6 +86,7 @@ def config_findings(
     ranks: int,
     node: str = "",
     estimate: MemoryEstimate | None = None,
+    launched: bool = False,
 ) -> list[Finding]:
     """Whether a run's checkpoints fit its disk, and its ranks the memory.
 
@@ -93,8 +95,9 @@ def config_findings(
         device: "cuda" or "cpu".
         memory_bytes: of a GPU, or without GPUs of the machine; 0 if unknown.
         ranks: of the run on this machine.
-        node: its name.
+        node: its name, "" where the memory is only told.
         estimate: of the memory, where it is known already.
+        launched: the launcher has made the run's folder.
 
     Raises:
         ValueError: parts of the configuration do not fit each other.
@@ -106,8 +109,14 @@ def config_findings(
 
     schedule = step_schedules(config)[config.schedule.microbatches]
     estimate = estimate or estimate_memory(config, schedule, device=device)
-    memory = memory_findings(estimate, memory_bytes=memory_bytes, ranks=ranks, node=node)
-    disk = disk_findings(config, checkpoint_bytes(config, schedule))
+    memory = memory_findings(
+        estimate,
+        memory_bytes=memory_bytes,
+        ranks=ranks,
+        node=node,
+        host_bytes=memory_of_machine() if device == "cuda" and node else 0,
+    )
+    disk = disk_findings(config, checkpoint_bytes(config, schedule), node=node, launched=launched)
     return [*or_ok("memory", memory), *or_ok("disk", disk)]
 
 
@@ -126,7 +135,7 @@ def preflight(
         ValueError: parts of the configuration do not fit each other.
     """
     node, section = node_name(environ), config.preflight
-    health = find_health() if gpus_wanted else GpusHealth()
+    health = _health(environ, gpus_wanted)
     return [
         *node_findings(
             {"OMP_NUM_THREADS": "1", **environ},
@@ -143,6 +152,7 @@ def preflight(
             memory_bytes=memory_of_rank(health) if gpus_wanted else memory_of_machine(),
             ranks=nproc,
             node=node,
+            launched=True,
         ),
     ]
 
@@ -156,12 +166,16 @@ def before_training(
     environ: Mapping[str, str],
     num_nodes: int = 1,
     start: Start | None = None,
+    head: bool = True,
 ) -> int:
     """All of preflight on one of a job's nodes: alone first, then with the others.
 
     What makes a node or the job unfit is printed, and unfit nodes' names are added to the file that
-    COUNTERFLOW_BAD_NODES names. A node that finds itself unfit does not meet the others, who are
-    ended with the job. Warnings are printed once: by the only node, or by rank 0 for all nodes.
+    COUNTERFLOW_BAD_NODES names. Several nodes decide together, also those that found themselves
+    unfit: what most of them have is no node's fault (see `finding.decided`), and all that are unfit
+    are named at once. Rank 0 then tells for all. Where they do not meet (preflight.together=false,
+    or it failed), each node decides by what it found itself, and tells that; what is the whole
+    job's is told by the head alone.
 
     Args:
         config: of the run.
@@ -171,6 +185,7 @@ def before_training(
         environ: that they get.
         num_nodes: of the job; each calls this.
         start: runs a command of this program as ranks that meet those of the other nodes.
+        head: whether this node is the first.
 
     Returns:
         DONE, BAD_NODE, or MISTAKE where no other node would do; or how `start` ended.
@@ -178,22 +193,46 @@ def before_training(
     section = config.preflight
     if not section.enabled:
         return DONE
-    together = start is not None and (section.bandwidth or (section.together and num_nodes > 1))
     findings = preflight(config, nproc=nproc, gpus_wanted=gpus_wanted, environ=environ)
-    status = status_of(findings)
-    if status or not together:
-        # A mistake of the job's is found by every node; the others' warnings come together.
-        shown = [f for f in findings if f.verdict == "bad"] if num_nodes > 1 else findings
-        tell(shown, environ)
-        return status
-    assert start is not None
+    node = node_name(environ)
+    meets = section.bandwidth or (section.together and num_nodes > 1)
+    if start is None or not meets:
+        return _alone(findings, node, environ, num_nodes=num_nodes, head=head)
     with tempfile.TemporaryDirectory(prefix="counterflow-preflight-") as folder:
-        told = Path(folder) / "status"
+        told, found = Path(folder) / "status", Path(folder) / "findings.json"
+        save_findings(found, findings)
         command = ["doctor", "--preflight", "--config", str(config_path)]
         command += ["--gpus-wanted", str(gpus_wanted), "--status-to", str(told)]
-        command += ["--timeout-s", f"{config.run.timeout_s:g}"]
+        command += ["--timeout-s", f"{config.run.timeout_s:g}", "--findings-from", str(found)]
         ended = start(command, nproc=nproc if section.bandwidth else 1)
-        return int(told.read_text(encoding="ascii")) if not ended and told.exists() else ended
+        if not ended and told.exists():
+            return int(told.read_text(encoding="ascii"))
+    # It may be what this node found that has kept it from meeting the others.
+    if status := _alone(findings, node, environ, num_nodes=num_nodes, head=head, only_bad=True):
+        return status
+    return ended
+
+
+def _alone(
+    findings: Sequence[Finding],
+    node: str,
+    environ: Mapping[str, str],
+    *,
+    num_nodes: int,
+    head: bool,
+    only_bad: bool = False,
+) -> int:
+    """Decide by what one node found, and tell it; the exit status."""
+    mine = decided(findings, [node])
+    if num_nodes > 1 or only_bad:
+        # Warnings would come from every node, and the job's faults too.
+        told = [f for f in findings if f.verdict == "bad" and (f.node or head)]
+        tell(decided(told, [node]), environ)
+        if told and num_nodes > 1:
+            print(f"preflight: {node} decided by itself, without the other nodes", file=sys.stderr)
+    else:
+        tell(mine, environ)
+    return status_of(mine)
 
 
 def tell(findings: Sequence[Finding], environ: Mapping[str, str]) -> None:
@@ -208,17 +247,14 @@ def tell(findings: Sequence[Finding], environ: Mapping[str, str]) -> None:
         _log.warning("the bad nodes cannot be noted for the job: %s", error)
 
 
+def _health(environ: Mapping[str, str], gpus_wanted: int | None) -> GpusHealth:
+    """Of the GPUs that the ranks may use: the machine may have others, and other jobs."""
+    return GpusHealth() if gpus_wanted == 0 else find_health(environ.get("CUDA_VISIBLE_DEVICES"))
+
+
 def memory_of_rank(health: GpusHealth) -> int:
     """Bytes of the smallest GPU, 0 if unknown."""
     return min((gpu.memory_bytes for gpu in health.gpus if gpu.memory_bytes), default=0)
-
-
-def memory_of_machine() -> int:
-    """Bytes of this machine's memory, 0 where the system does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return 0
 
 
 def _nearest(health: GpusHealth, nics: Sequence[Nic]) -> list[NearestNics]:

@@ -19,8 +19,9 @@ class PreflightConfig:
     )
     together: bool = option(
         True,
-        "on several nodes, have a process of each meet first, to compare versions and clocks and "
-        "to see that they share the run's folder",
+        "on several nodes, have a process of each meet first, to compare versions and clocks, to "
+        "see that they share the run's folder, and to decide together which nodes are bad: what "
+        "most have is no node's fault; false: each decides by itself",
     )
     bandwidth: bool = option(
         False, "also measure all-to-all and all-reduce in every node and over all of them"

@@ -94,6 +94,9 @@ class _Probe:
         self._topology, self._names, self._device = topology, names, device
         self._limit = timedelta(seconds=timeout_s)
         self._rank = dist.get_rank()
+        # The world itself may know gloo alone: a node without a driver can join that as well.
+        self._backend = "nccl" if device.type == "cuda" else "gloo"
+        self._whole: dist.ProcessGroup | None = None
         self._measured: set[tuple[int, ...]] = set()
 
     def round(
@@ -121,20 +124,33 @@ class _Probe:
         self, ranks: Sequence[int], sizes: Sequence[int], collectives: Sequence[Collective]
     ) -> list[Timing]:
         name = tuple(ranks)
-        world = dist.group.WORLD
-        assert world is not None
-        if len(name) == world.size():
-            return time_collectives(world, self._device, sizes, collectives)
+        if len(name) == dist.get_world_size():
+            return time_collectives(self._world(), self._device, sizes, collectives)
         # Made by its members alone: of a thousand nodes nobody waits for all groups. They agree on
         # its name by its ranks and by the number of groups that they have, so it goes at once, and
         # no two rounds measure the same ranks: the store would still have the first's addresses.
         assert name not in self._measured
         self._measured.add(name)
-        group = dist.new_group(list(ranks), timeout=self._limit, use_local_synchronization=True)
+        group = dist.new_group(
+            list(ranks),
+            timeout=self._limit,
+            backend=self._backend,
+            use_local_synchronization=True,
+        )
         assert isinstance(group, dist.ProcessGroup)
         timings = time_collectives(group, self._device, sizes, collectives)
         dist.destroy_process_group(group)  # not after an error: a peer may be gone
         return timings
+
+    def _world(self) -> dist.ProcessGroup:
+        """All ranks, by the backend that is measured."""
+        if self._whole is None:
+            made = dist.group.WORLD
+            if self._backend == "nccl":
+                made = dist.new_group(timeout=self._limit, backend="nccl")
+            assert isinstance(made, dist.ProcessGroup)
+            self._whole = made
+        return self._whole
 
 
 def bandwidth_findings(
@@ -142,34 +158,41 @@ def bandwidth_findings(
 ) -> list[Finding]:
     """Which nodes are too slow, by the largest messages.
 
-    Without a baseline a node is held against the median of all, if there are three or more.
+    Without a baseline a node is held against the median of all, if there are three or more. What
+    most nodes have, in themselves or with their neighbours, is no node's fault and a warning.
 
     Args:
         measured: what `survey` found.
         baseline: what is expected; it fits.
         least_share: of what is expected, below which a node is bad.
     """
-    found: dict[int, Finding] = {}
     expected = _expected(measured, baseline)
-    for line in _largest(measured.lines):
-        least = expected(line) * least_share
-        if line.where == "node" and line.busbw < least:
-            node = measured.nodes.index(line.nodes[0])
-            message = f"{_name(line)} within the node: {_reached(line, expected(line))}"
-            found.setdefault(node, Finding(CHECK, "bad", message, line.nodes[0]))
+    whole: list[Finding] = []
+    found = _slow_inside(measured, expected, least_share)
+    if _most(len(found), measured.num_nodes):
+        example = next(iter(found.values())).message
+        message = (
+            f"{len(found)} of {measured.num_nodes} nodes are slow in themselves: see to the "
+            f"environment, the driver and the baseline; {example}"
+        )
+        whole.append(Finding(CHECK, "warning", message))
+        found = {}
     slow = _slow_pairs(measured, baseline, least_share)
     second = {
         _pair(measured, line): line.busbw < expected(line) * least_share for line in measured.again
     }
     at_fault = neighbours.slow_nodes(measured.num_nodes, slow, second)
-    whole: list[Finding] = []
-    if at_fault and len(at_fault) == measured.num_nodes:
-        message = "all nodes are slow with their neighbours: see to the switches, and other traffic"
+    outside = _most(len(at_fault), measured.num_nodes)
+    if outside:
+        message = (
+            f"{len(at_fault)} of {measured.num_nodes} nodes are slow with their neighbours: see to "
+            "the switches, and other traffic"
+        )
         whole.append(Finding(CHECK, "warning", message))
         at_fault = ()
     for node in at_fault:
         found.setdefault(node, _slow_with_both(measured, node, expected))
-    for pair in neighbours.unexplained(slow, [*found]) if not whole else ():
+    for pair in neighbours.unexplained(slow, [*found]) if not outside else ():
         names = " and ".join(measured.nodes[node] for node in pair)
         message = f"slow between {names}; one of the two, or what is between them"
         whole.append(Finding(CHECK, "warning", message))
@@ -180,13 +203,31 @@ def bandwidth_findings(
     return [*found.values(), *whole]
 
 
+def _most(count: int, num_nodes: int) -> bool:
+    """Whether that many nodes are too many to blame each."""
+    return num_nodes > 1 and 2 * count > num_nodes
+
+
+def _slow_inside(
+    measured: Measured, expected: Callable[[Line], float], least_share: float
+) -> dict[int, Finding]:
+    """By node."""
+    found: dict[int, Finding] = {}
+    for line in _largest(measured.lines):
+        if line.where == "node" and line.busbw < expected(line) * least_share:
+            node = measured.nodes.index(line.nodes[0])
+            message = f"{_name(line)} within the node: {_reached(line, expected(line))}"
+            found.setdefault(node, Finding(CHECK, "bad", message, line.nodes[0], kind="inside"))
+    return found
+
+
 def _slow_with_both(measured: Measured, node: int, expected: Callable[[Line], float]) -> Finding:
     name = measured.nodes[node]
     lines = [line for line in (*measured.lines, *measured.again) if line.where == "pair"]
     mine = [line for line in lines if name in line.nodes]
     best = max(mine, key=lambda line: line.busbw)
     message = f"{_name(best)} with each of its neighbours: at most {_reached(best, expected(best))}"
-    return Finding(CHECK, "bad", message, name)
+    return Finding(CHECK, "bad", message, name, kind="neighbours")
 
 
 def _expected(measured: Measured, baseline: Baseline | None) -> Callable[[Line], float]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from .finding import Finding, not_of_every_node
+from .finding import Finding, decided
 from .versions import clock_findings, folder_findings, version_findings
 
 T = TypeVar("T")
@@ -59,6 +59,8 @@ def look_together(
 ) -> list[Finding]:
     """Findings of all nodes and those that come of comparing them; the same on every rank.
 
+    Nodes that have found themselves unfit take part: only here it is seen whether most have.
+
     Args:
         gather: among all ranks; a collective.
         rank: this one.
@@ -91,7 +93,7 @@ def look_together(
         found.append(Finding("folder", "bad", message))
     else:
         found += folder_findings([one.sees for one in ranks], nodes, str(folder))
-    return not_of_every_node(found, nodes)
+    return decided(found, nodes)
 
 
 def _leave_token(folder: Path) -> tuple[str, str]:

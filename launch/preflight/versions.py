@@ -59,7 +59,7 @@ def version_findings(versions: Sequence[Mapping[str, str]], nodes: Sequence[str]
         for version, node in zip(told, nodes, strict=True):
             if version != usual:
                 message = f"{name} is {version}, on most ranks {usual}; install the same everywhere"
-                found[Finding("versions", verdict, message, node)] = None
+                found[Finding("versions", verdict, message, node, kind=name)] = None
     return list(found)
 
 

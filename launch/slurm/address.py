@@ -84,7 +84,7 @@ def interface_address(name: str) -> str:
         ConfigError: there is no such interface here, or it has none.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        asked = struct.pack("256s", name.encode()[:15])
+        asked = struct.pack("256s", name.encode())
         try:
             answer = fcntl.ioctl(any_socket.fileno(), _SIOCGIFADDR, asked)
         except OSError as error:
@@ -120,6 +120,10 @@ def derived_port(environ: Mapping[str, str]) -> int:
     return FIRST_PORT + number % NUM_PORTS
 
 
+class PortTakenError(ConfigError):
+    """Nobody asked for this port, and others have it."""
+
+
 def open_port(wanted: int, derived: int, *, besides: int = 0) -> int:
     """On the head, the port to meet at: the one that is wanted, else a free one near `derived`.
 
@@ -129,7 +133,8 @@ def open_port(wanted: int, derived: int, *, besides: int = 0) -> int:
         besides: one that is taken already.
 
     Raises:
-        ConfigError: it is in use, or all of them are.
+        ConfigError: it is in use.
+        PortTakenError: all of those near `derived` are.
     """
     if wanted:
         if _is_free(wanted):
@@ -142,7 +147,7 @@ def open_port(wanted: int, derived: int, *, besides: int = 0) -> int:
         port = FIRST_PORT + (derived - FIRST_PORT + step) % NUM_PORTS
         if port != besides and _is_free(port):
             return port
-    raise ConfigError(
+    raise PortTakenError(
         f"ports {derived} to {derived + _TRIES - 1} are all in use on the job's head "
         f"{socket.gethostname()}; give a free one with --run.port"
     )

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -27,7 +24,9 @@ if TYPE_CHECKING:
 USAGE = "counterflow launch local|slurm [options] -- train [CONFIG.toml] [--dotted.key VALUE ...]"
 _DRY_RUN = "dry_run"
 _SWITCHES = {
-    "local": {_DRY_RUN: "print the command that would be run, and nothing else"},
+    "local": {
+        _DRY_RUN: "check the run and print this command with every option, and start nothing"
+    },
     "slurm": {
         _DRY_RUN: "print the script that would be submitted, and nothing else",
         "wait": "wait until the job has ended, and end as it did",
@@ -188,7 +187,7 @@ def _task(config: Config) -> Task:
 def _submit(script: str, configs: Sequence[Config], tasks: Sequence[Task], *, wait: bool) -> int:
     """Write what the job needs, submit it, and say where to look."""
     from .resolved import write_resolved
-    from .submit import submit
+    from .submit import submit, wait_for
 
     for config in configs:
         folder = config.run.path / "slurm"
@@ -201,37 +200,25 @@ def _submit(script: str, configs: Sequence[Config], tasks: Sequence[Task], *, wa
             ) from None
     job = submit(script)
     folder = configs[0].run.path / "slurm"
-    kept = folder / str(job) / "submit.sh"
-    kept.parent.mkdir(exist_ok=True)
-    kept.write_text(script, encoding="utf-8")
     output = folder / (f"job-{job}.out" if len(tasks) == 1 else f"job-{job}_*.out")
     shown = str(output) if len(tasks) > 1 else shlex.quote(str(output))
+    # At once: a job whose number nobody has is hard to stop.
     print(f"submitted job {job}: run {', '.join(task.name for task in tasks)}")
     print(f"  results  {', '.join(str(task.run) for task in tasks)}")
     print(f"  follow   tail -F {shown}")
     print(f"  state    squeue{job.flag} --jobs={job}")
-    print(f"  stop     scancel{job.flag} {job}   (a checkpoint first: --signal=USR1 {job})")
-    print(f"  script   {kept}", flush=True)
-    return wait_for(job.number) if wait else 0
-
-
-def wait_for(job: int) -> int:
-    """Wait until a job has ended for good; its exit status, 1 where a signal or Slurm ended it."""
-    while True:
-        command = ["scontrol", "show", "job", "--oneliner", str(job)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise ConfigError(
-                f"scontrol no longer knows job {job} ({done.stderr.strip()}); see its output"
-            )
-        states = re.findall(r"\bJobState=(\w+)", done.stdout)
-        ends = re.findall(r"\bExitCode=([0-9]+):([0-9]+)", done.stdout)
-        going = {"PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED"}
-        if not going & set(states):
-            worst = max((int(code) for code, _ in ends), default=1)
-            well = all(state == "COMPLETED" for state in states)
-            return 0 if well else worst or 1
-        time.sleep(2.0)
+    print(
+        f"  stop     scancel{job.flag} {job}   (a checkpoint first: --signal=USR1 {job})",
+        flush=True,
+    )
+    kept = folder / str(job) / "submit.sh"
+    try:
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(script, encoding="utf-8")
+        print(f"  script   {kept}", flush=True)
+    except OSError as error:
+        print(f"  script   not kept: {kept}: {error.strerror}", flush=True)
+    return wait_for(job) if wait else 0
 
 
 def date_of(environ: Mapping[str, str]) -> str:

@@ -3,7 +3,8 @@
 # Before it: name, run, config, max_requeues, and `start`, which becomes the step. Each node leaves
 # its exit status in $folder/status: of srun's own, the highest of all tasks, one that was killed
 # because another ended hides the reason.
-BODY = r"""set -u
+BODY = r"""# What --setup may have set would end this script before it can queue the job again.
+set -u +efC +o pipefail
 say() { printf 'counterflow: %s\n' "$*"; }
 
 case ${SLURM_JOB_ID:-} in
@@ -14,6 +15,7 @@ job=$SLURM_JOB_ID
 if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
 folder=$run/slurm/$SLURM_JOB_ID/start-$SLURM_RESTART_COUNT
 export COUNTERFLOW_BAD_NODES=$folder/bad_nodes
+counted=$run/slurm/$SLURM_JOB_ID/requeues
 
 # Numbers of jobs come again: what an older job of this one left is not ours.
 if ! { rm -rf -- "$folder" && mkdir -p -- "$folder/status"; }; then
@@ -21,6 +23,7 @@ if ! { rm -rf -- "$folder" && mkdir -p -- "$folder/status"; }; then
     "that all nodes can write to"
   exit 2
 fi
+if (( SLURM_RESTART_COUNT == 0 )); then rm -f -- "$counted"; fi
 say "job $job, start $SLURM_RESTART_COUNT, run $name on $SLURM_JOB_NODELIST"
 
 # scontrol is missing in most containers, so what it knows is left for the step on file.
@@ -30,6 +33,23 @@ else
   say "scontrol is not on ${SLURMD_NODENAME:-this node}: nodes go by their names, not by the" \
     "network's topology, and the job cannot queue itself again; install Slurm's commands there"
 fi
+
+# Finished checkpoints as they are now: one that is written anew differs by its time.
+saved() {
+  local path
+  for path in "$run"/checkpoints/step-*; do
+    if [[ -d $path ]]; then echo "${path##*/} $(stat -c '%i %Y' -- "$path")"; fi
+  done
+}
+
+# Whether there is one that was not there when this start began.
+saved_now() {
+  local line
+  while IFS= read -r line; do
+    case $'\n'$saved_before$'\n' in *$'\n'"$line"$'\n'*) ;; *) return 0 ;; esac
+  done < <(saved)
+  return 1
+}
 
 newest_step() {
   local newest=-1 path step
@@ -52,31 +72,47 @@ verdict() {
   echo "${two:-${bad:-${stopped:-${failed:-$1}}}}"
 }
 
-# Ends the job: queued again, unless that has been done often enough.
+# Ends the job: queued again, unless that has helped nothing too often. A month of time limits is
+# no trouble, so only starts that came no further than all before them count.
 requeue() {
-  local why=$1 excluded=${2:-} next=$((SLURM_RESTART_COUNT + 1))
-  if (( SLURM_RESTART_COUNT >= max_requeues )); then
-    say "$why; not queued again, as it has been $SLURM_RESTART_COUNT times (--max-requeues" \
-      "$max_requeues): submit the run again to go on"
+  local why=$1 excluded=${2:-} idle=0 highest=$before
+  if [[ -s $counted ]]; then { read -r idle highest <"$counted"; } 2>/dev/null; fi
+  case $idle in '' | *[!0-9]*) idle=0 ;; esac
+  case ${highest#-} in '' | *[!0-9]*) highest=$before ;; esac
+  if (( after > highest )); then idle=0 highest=$after; else idle=$((idle + 1)); fi
+  if (( max_requeues == 0 || idle > max_requeues )); then
+    say "$why; not queued again (--max-requeues $max_requeues, and it has come no further" \
+      "$idle times): submit the run again to go on"
     exit "$status"
   fi
   if ! command -v scontrol >/dev/null; then
     say "$why; not queued again without scontrol: submit the run again to go on"
     exit "$status"
   fi
+  echo "$idle $highest" >"$counted" || say "$counted cannot be written; look at the disk"
   trap '' TERM  # which queueing again sends to this script
   if [[ -z $excluded ]]; then
-    say "$why; queued again ($next of at most $max_requeues), nothing is to be done"
+    say "$why; queued again, nothing is to be done$(idle_times "$idle")"
     scontrol requeue "$job" && exit "$status"
   else
-    say "$why; queued again ($next of at most $max_requeues) without $excluded, which someone" \
-      "should look at"
+    say "$why; queued again without $excluded, which someone should look" \
+      "at$(idle_times "$idle")"
     scontrol requeuehold "$job" && scontrol update "jobid=$job" "excnodelist=$excluded" &&
       scontrol release "$job" && exit "$status"
   fi
   say "job $job could not be queued again (Slurm's reason is above): submit the run again to go" \
     "on, or scontrol release $job if it is held"
   exit "$status"
+}
+
+idle_times() {
+  if (( $1 > 0 )); then echo " (it has come no further $1 times, of at most $max_requeues)"; fi
+}
+
+# Whether the job's time is up: then Slurm ends this script too, though the run may have stopped
+# well before. Of scancel Slurm gives no such reason.
+time_is_up() {
+  [[ $(scontrol show job -o "$job" 2>/dev/null) == *' Reason=TimeLimit '* ]]
 }
 
 # All nodes to do without: those of before, and those that preflight names; only plain names pass.
@@ -95,6 +131,7 @@ excluded_nodes() {
 }
 
 before=$(newest_step)
+saved_before=$(saved)
 cancelled=''
 trap 'cancelled=yes' TERM
 start &
@@ -110,9 +147,9 @@ after=$(newest_step)
 at="the newest checkpoint is of step $after"
 if (( after < 0 )); then at='there is no checkpoint'; fi
 
-if [[ -n $cancelled ]]; then
+if [[ -n $cancelled ]] && ! { [[ $status == 75 ]] && time_is_up; }; then
   say "job $job was ended from outside (scancel, its time, or a job that goes first); $at: submit" \
-    "the run again to go on"
+    "the run again to go on, unless Slurm queues the job again by itself"
   exit 143
 fi
 case $status in
@@ -127,7 +164,8 @@ case $status in
     requeue "job $job found a bad node" "$(excluded_nodes)"
     ;;
   *)
-    if (( after > before )); then requeue "job $job failed (status $status) after progress; $at"; fi
+    if [[ -e $folder/again ]]; then requeue "job $job could not start, as said above; $at"; fi
+    if saved_now; then requeue "job $job failed (status $status) after progress; $at"; fi
     say "job $job failed (status $status) without a new checkpoint, so it is not queued again;" \
       "$at: see the lines above and $run/logs"
     ;;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,26 +31,30 @@ def launch_local(local: LocalConfig, train: Sequence[str], *, dry_run: bool) -> 
     check(config)
     require_resumable(config)
     if dry_run:
-        flags = ["--run.max_restarts", str(local.max_restarts), "--run.logs", "true"]
-        command = [sys.executable, "-m", "counterflow", "train", *train, *flags]
-        print(shlex.join(command))
+        counts = ("--max-restarts", local.max_restarts, "--max-requeues", local.max_requeues)
+        own = [sys.executable, "-m", "counterflow", "launch", "local", *map(str, counts)]
+        print(shlex.join([*own, "--", "train", *train]))
         return 0
     for again in range(local.max_requeues + 1):
-        before = newest_step(config.run.path)
+        before = saved(config.run.path)
         status = start_here(config, preflight=True)
-        after = newest_step(config.run.path)
-        if status != FAILED or after <= before or again == local.max_requeues:
+        new = saved(config.run.path) - before
+        if status != FAILED or not new or again == local.max_requeues:
             return status
         print(
-            f"counterflow: the run failed after progress: starting it again from step {after} "
-            f"({again + 1} of at most {local.max_requeues})",
+            "counterflow: the run failed after progress: starting it again from its last "
+            f"checkpoint ({again + 1} of at most {local.max_requeues})",
             flush=True,
         )
         config = replace(config, checkpoint=replace(config.checkpoint, resume="latest"))
     raise AssertionError("the last round returns")
 
 
-def newest_step(run: Path) -> int:
-    """The step of a run's newest finished checkpoint, -1 where there is none."""
-    names = (path.name.removeprefix("step-") for path in run.glob("checkpoints/step-*"))
-    return max((int(name) for name in names if name.isdecimal()), default=-1)
+def saved(run: Path) -> frozenset[tuple[str, int, int]]:
+    """A run's finished checkpoints as they are now; one written anew differs by its time."""
+    found: set[tuple[str, int, int]] = set()
+    for path in run.glob("checkpoints/step-*"):
+        with suppress(OSError):  # just taken away
+            told = path.stat()
+            found.add((path.name, told.st_ino, told.st_mtime_ns))
+    return frozenset(found)

@@ -11,37 +11,42 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..guards import require
-from ..life.status import DONE, FAILED, MISTAKE, STOPPED
-from ..settings import ConfigError, option
+from ..life.status import BAD_NODE, DONE, FAILED, MISTAKE, STOPPED
+from ..preflight.nodes import note_bad_nodes
+from ..settings import ConfigError
 from .address import (
+    PortTakenError,
     addresses_of,
     derived_port,
     head_address,
     interface_towards,
     open_port,
 )
-from .hostlist import nodes_of_job
+from .hostlist import is_host_name
 from .options import Request, flags, parse, wants_help
-from .order import digest, order_nodes
+from .order import digest
 from .placement import ORDER
 from .roll_call import (
     Meeting,
+    NotThereError,
     Present,
     await_meeting,
     await_nodes,
+    await_port,
     await_statuses,
     call_meeting,
+    call_port,
     leave_status,
     require_one_order,
     say_present,
 )
-from .topology import Switch, lowest_switches, parse_topology
+from .site import AFTER_S, NodeConfig, Site, find_site
+from .topology import lowest_switches
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -49,49 +54,7 @@ if TYPE_CHECKING:
 USAGE = "counterflow node [options] -- train [CONFIG.toml] [--dotted.key VALUE ...]"
 _LAST_S = 60.0  # nodes that end well wait so long for the others
 _QUIET_S = 5.0
-
-
-@dataclass(frozen=True)
-class NodeConfig:
-    """What `counterflow node` is told."""
-
-    folder: str = option(
-        "", "folder of this start of the job, shared by all nodes; else by the run and the job"
-    )
-    ranks_per_node: int = option(0, "ranks of each node; 0: the mesh's, shared out evenly")
-    interface: str = option("", "network interface over which ranks meet, and gloo and NCCL send")
-
-    def __post_init__(self) -> None:
-        require("ranks_per_node", self.ranks_per_node, self.ranks_per_node >= 0, "0 or more")
-
-
-@dataclass(frozen=True)
-class Site:
-    """This node among those of its job.
-
-    Attributes:
-        folder: of this start of the job.
-        node: this one's name.
-        order: all of them.
-        per_node: ranks of each.
-        switches: the topmost ones, empty where nothing is known.
-    """
-
-    folder: Path
-    node: str
-    order: tuple[str, ...]
-    per_node: int
-    switches: tuple[Switch, ...]
-
-    @property
-    def node_rank(self) -> int:
-        """This node's place in the order."""
-        return self.order.index(self.node)
-
-    @property
-    def head(self) -> str:
-        """The node at which all meet."""
-        return self.order[0]
+AGAIN = "again"  # the file that asks the job's script to queue the job again
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -106,11 +69,22 @@ def run(arguments: Sequence[str]) -> int:
         request = parse(arguments, NodeConfig(), {}, USAGE)
         config = _load(request.train)
         site = find_site(request.config, config)
+    except NotThereError as error:
+        return _fail(error)
     except (ValueError, OSError) as error:
-        return _tell_once(error)
+        return _tell_once(error, _folder_given(arguments))
     try:
         status = _start(site, config, request)
+    except NotThereError as error:
+        status = _name_missing(site, error)
+    except PortTakenError as error:
+        status = _fail(error)
+        (site.folder / AGAIN).touch()
     except (ValueError, OSError) as error:
+        # What the whole job has, such as a full disk, is told by the head, whose end ends the rest.
+        leave_status(site.folder, site.node, _status_of(error))
+        if site.node_rank:
+            time.sleep(_QUIET_S)
         status = _fail(error)
     except Exception:
         leave_status(site.folder, site.node, FAILED)
@@ -118,63 +92,40 @@ def run(arguments: Sequence[str]) -> int:
     return _leave(site, status)
 
 
-def find_site(told: NodeConfig, config: Config, environ: Mapping[str, str] = os.environ) -> Site:
-    """This node among those of its job, by its environment and the job's files.
-
-    Raises:
-        ValueError: they tell nothing, or do not fit the mesh.
-    """
-    nodes = nodes_of_job(environ)
-    node = environ.get("SLURMD_NODENAME", "")
-    if node not in nodes:
-        raise ConfigError(
-            f"SLURMD_NODENAME={node!r} is none of the job's nodes ({', '.join(nodes[:8])}); start "
-            "`counterflow node` with srun, in a step and not in the batch script"
-        )
-    tasks = environ.get("SLURM_STEP_NUM_TASKS", "")
-    if tasks != str(len(nodes)):
-        raise ConfigError(
-            f"SLURM_STEP_NUM_TASKS={tasks!r} processes on {len(nodes)} nodes: `counterflow node` "
-            "is started once a node, by srun --ntasks-per-node=1 on all of the job's nodes"
-        )
-    mesh = config.mesh
-    per_node = told.ranks_per_node or max(1, mesh.world_size // len(nodes))
-    if per_node * len(nodes) != mesh.world_size:
-        raise ConfigError(
-            f"{len(nodes)} nodes with {per_node} ranks each, but mesh pp={mesh.pp} x dp={mesh.dp} "
-            f"needs {mesh.world_size}; change mesh.pp or mesh.dp, or the job's nodes"
-        )
-    folder = Path(told.folder) if told.folder else _folder_of(config, environ)
-    switches = _switches(folder)
-    order = order_nodes(nodes, switches, group_nodes=max(1, mesh.ep // per_node))
-    return Site(folder.absolute(), node, order, per_node, switches)
-
-
 def _start(site: Site, config: Config, request: Request[NodeConfig]) -> int:
     """Meet the other nodes, and start this one's ranks; their exit status."""
     from ...comm.topology import this_machine
-    from ..preflight.run import before_training
-    from .resolved import gpus_wanted, resolved_path
 
-    interface, limit_s = request.config.interface, config.run.timeout_s
+    interface, limit_s = request.config.interface, request.config.limit_s(config)
     machine = this_machine()
-    present = Present(machine.host, machine.boot, digest(site.order))
+    present = Present(machine.host, machine.boot, digest(site.order), site.token)
     say_present(site.folder, site.node, present)
-    if site.node == site.head:
+    if site.node_rank == 0:
         try:
-            meeting = _meet(site, config, interface)
+            meeting = _meet(site, config, interface, limit_s)
+        except NotThereError as error:
+            meeting = Meeting(site.token, status=_name_missing(site, error))
         except (ValueError, OSError) as error:
-            meeting = Meeting(status=_fail(error))
+            meeting = Meeting(site.token, status=_fail(error))
         call_meeting(site.folder, meeting)
     else:
         # The head waits for the last of us first.
-        meeting = await_meeting(site.folder, site.head, timeout_s=2 * limit_s)
+        after_s = AFTER_S * min(site.node_rank, 2)
+        meeting = await_meeting(site.folder, site.head, site.token, timeout_s=limit_s + after_s)
     if meeting.status:
         return meeting.status
     _set_environment(site, meeting, interface, os.environ)
+    return _look_and_train(site, config, request, meeting)
 
+
+def _look_and_train(
+    site: Site, config: Config, request: Request[NodeConfig], meeting: Meeting
+) -> int:
+    """Preflight, then training, as this node's ranks; their exit status."""
     from ..life.nodes import Nodes
+    from ..preflight.run import before_training
     from ..torchrun import choose_device, set_threads, start
+    from .resolved import gpus_wanted, resolved_path
 
     nodes = None
     if len(site.order) > 1:
@@ -183,7 +134,10 @@ def _start(site: Site, config: Config, request: Request[NodeConfig]) -> int:
 
     def start_preflight(arguments: Sequence[str], *, nproc: int) -> int:
         port = meeting.preflight_port
-        return start(arguments, nproc=nproc, port=port, nodes=nodes, timeout_s=limit_s)
+        with _lost_port(site, config, preflight=True):
+            return start(
+                arguments, nproc=nproc, port=port, nodes=nodes, timeout_s=config.run.timeout_s
+            )
 
     status = before_training(
         config,
@@ -192,28 +146,32 @@ def _start(site: Site, config: Config, request: Request[NodeConfig]) -> int:
         gpus_wanted=gpus_wanted(config, site.per_node),
         environ=os.environ,
         num_nodes=len(site.order),
+        head=site.node == site.head,
         start=start_preflight,
     )
     if status != DONE:
         return status
     set_threads(choose_device(config.run.device, site.per_node), site.per_node)
-    return start(
-        ["train", *request.train],
-        nproc=site.per_node,
-        port=meeting.port,
-        nodes=nodes,
-        max_restarts=config.run.max_restarts,
-        folder=config.run.path,
-        grace_s=config.checkpoint.grace_s if config.checkpoint.enabled else 0.0,
-        timeout_s=limit_s,
-    )
+    limit_s = request.config.limit_s(config)
+    port = _training_port(site, config, besides=meeting.preflight_port, limit_s=limit_s)
+    with _lost_port(site, config):
+        return start(
+            ["train", *request.train],
+            nproc=site.per_node,
+            port=port,
+            nodes=nodes,
+            max_restarts=config.run.max_restarts,
+            folder=config.run.path,
+            grace_s=config.checkpoint.grace_s if config.checkpoint.enabled else 0.0,
+            timeout_s=config.run.timeout_s,
+        )
 
 
-def _meet(site: Site, config: Config, interface: str) -> Meeting:
+def _meet(site: Site, config: Config, interface: str, limit_s: float) -> Meeting:
     """On the head: see that all nodes are there and agree; where they meet."""
     from .resolved import write_resolved
 
-    found = await_nodes(site.folder, site.order, timeout_s=config.run.timeout_s)
+    found = await_nodes(site.folder, site.order, site.token, timeout_s=limit_s)
     require_one_order(found)
     own = found[site.node].machine
     others = [name for name in site.order if name != site.node]
@@ -228,9 +186,31 @@ def _meet(site: Site, config: Config, interface: str) -> Meeting:
     text = json.dumps({"per_node": site.per_node, "order": order}, indent=1)
     (site.folder / "order.json").write_text(text + "\n", encoding="utf-8")
     write_resolved(config, site.folder)
-    derived = derived_port(os.environ)
-    port = open_port(config.run.port, derived)
-    return Meeting(address, port, open_port(0, derived, besides=port))
+    if config.run.port:
+        open_port(config.run.port, config.run.port)  # a mistake: before the nodes are looked at
+    return Meeting(
+        site.token, address, open_port(0, derived_port(os.environ), besides=config.run.port)
+    )
+
+
+def _training_port(site: Site, config: Config, *, besides: int, limit_s: float) -> int:
+    """Where the ranks meet; the head chooses it now, so that nothing takes it before they do."""
+    if site.node_rank:
+        return await_port(site.folder, site.head, site.token, timeout_s=limit_s)
+    port = open_port(config.run.port, derived_port(os.environ), besides=besides)
+    call_port(site.folder, site.token, port)
+    return port
+
+
+@contextmanager
+def _lost_port(site: Site, config: Config, *, preflight: bool = False) -> Iterator[None]:
+    """A port that the head has chosen itself and then lost is no mistake of a person's."""
+    try:
+        yield
+    except ConfigError as error:
+        if site.node_rank or (config.run.port and not preflight):
+            raise
+        raise PortTakenError(str(error)) from None
 
 
 def _set_environment(
@@ -239,7 +219,8 @@ def _set_environment(
     """What the ranks of this node are to find in their environment."""
     environ[ORDER] = str(site.folder / "order.json")
     if interface:
-        environ["GLOO_SOCKET_IFNAME"] = environ["NCCL_SOCKET_IFNAME"] = interface
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            environ[name] = environ.get(name) or interface  # a person's own choice counts
     elif meeting.address != "127.0.0.1" and "GLOO_SOCKET_IFNAME" not in environ:
         # gloo listens where its host's name leads, which in vain is the loopback on some systems.
         own = addresses_of(socket.gethostname())
@@ -256,48 +237,58 @@ def _load(train: Sequence[str]) -> Config:
     return load(*split_arguments(train))
 
 
-def _folder_of(config: Config, environ: Mapping[str, str]) -> Path:
-    """Where a job that was not submitted by `counterflow launch` has its files."""
-    # Components of a heterogeneous job have numbers of their own; the first one's is the job's.
-    job = environ.get("SLURM_JOB_ID_HET_GROUP_0") or environ.get("SLURM_JOB_ID", "0")
-    numbers = [job, environ.get("SLURM_STEP_ID", "0")]
-    count = environ.get("SLURM_RESTART_COUNT", "0")
-    if not all(text.isdecimal() for text in (*numbers, count)):
-        raise ConfigError(
-            f"SLURM_JOB_ID={numbers[0]!r}, SLURM_STEP_ID={numbers[1]!r} and SLURM_RESTART_COUNT="
-            f"{count!r} are not all numbers; start `counterflow node` with srun"
-        )
-    return config.run.path / "slurm" / numbers[0] / f"step-{numbers[1]}-start-{count}"
-
-
-def _switches(folder: Path) -> tuple[Switch, ...]:
-    """What the job's script has noted of the network; nothing where it could not."""
-    try:
-        text = (folder / "topology").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return ()
-    return parse_topology(text)
-
-
 def _leave(site: Site, status: int) -> int:
     """Leave the status for the job's script; nodes that end well end together."""
     try:
         leave_status(site.folder, site.node, status)
         if status in (DONE, STOPPED):
-            await_statuses(site.folder, len(site.order), timeout_s=_LAST_S)
+            is_head = site.node_rank == 0
+            await_statuses(
+                site.folder, len(site.order), site.token, is_head=is_head, timeout_s=_LAST_S
+            )
     except OSError as error:
         _fail(error)
     return status
 
 
-def _tell_once(error: Exception) -> int:
+def _folder_given(arguments: Sequence[str]) -> Path | None:
+    """The folder as the job's script gives it, even among arguments that cannot be read."""
+    given = (text.removeprefix("--folder=") for text in arguments if text.startswith("--folder="))
+    return next((Path(text) for text in given), None)
+
+
+def _tell_once(error: Exception, folder: Path | None) -> int:
     """A mistake that every node finds is told by the first one, whose end ends the others.
 
-    What only another node finds is told by that, a moment later.
+    What only another node finds is told by that, a moment later. The job's script learns of it at
+    once: Slurm may end this process before it has waited.
     """
+    node = os.environ.get("SLURMD_NODENAME", "")
+    if folder is not None and is_host_name(node):
+        with suppress(OSError):
+            leave_status(folder, node, _status_of(error))
     if os.environ.get("SLURM_PROCID", "0") != "0":
         time.sleep(_QUIET_S)
     return _fail(error)
+
+
+def _name_missing(site: Site, error: NotThereError) -> int:
+    """Say that nodes are missing; those of a few are to be done without, by the job's script.
+
+    Of a missing head the next node tells, and the rest are silent.
+    """
+    if site.node_rank > 1:
+        return FAILED
+    _fail(error)
+    if not error.nodes or 2 * len(error.nodes) >= len(site.order):
+        return FAILED
+    note_bad_nodes(error.nodes, os.environ)
+    return BAD_NODE
+
+
+def _status_of(error: Exception) -> int:
+    """A disk or a node at fault is no mistake of a person's."""
+    return MISTAKE if isinstance(error, ValueError) else FAILED
 
 
 def _fail(error: Exception) -> int:
@@ -306,7 +297,7 @@ def _fail(error: Exception) -> int:
         text = f"{error.filename or 'the system'}: {error.strerror or error}"
     name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     sys.stderr.write(f"counterflow: error: node {name}: {text}\n")  # in one write
-    return MISTAKE
+    return FAILED if isinstance(error, PortTakenError) else _status_of(error)
 
 
 def _help() -> str:

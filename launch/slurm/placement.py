@@ -1,8 +1,9 @@
 """The placement of a run's ranks, verified at start and shown.
 
 `counterflow node` leaves the order of the job's nodes on file. Every rank tells where it is and
-what that order says (`told_by`, whose value the trainer gathers over all ranks); `require_order`
-then finds the same fault on every rank, and rank 0 prints `placement_lines`.
+what that order says (`told_by`, whose value the trainer gathers over all ranks: small, because
+there are as many as ranks); `require_order` then finds the same fault on every rank, and rank 0
+prints `placement_lines` of what it reads in the file itself.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from ...parallel.mesh import MeshShape
@@ -30,15 +32,24 @@ class Told:
         node: on which Slurm has put it.
         expected: the node that the order says for this rank.
         order: the order's checksum.
-        nodes, switches: the order, and the lowest switch of each of its nodes, "" if unknown.
+        path: of the file that this rank has it from.
     """
 
     rank: int
     node: str
     expected: str
     order: str
-    nodes: tuple[str, ...]
-    switches: tuple[str, ...]
+    path: str
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The order, read from the file."""
+        return _read_order(self.path)[1]
+
+    @property
+    def switches(self) -> tuple[str, ...]:
+        """The lowest switch of each of its nodes, "" if unknown; read from the file."""
+        return _read_order(self.path)[2]
 
 
 def told_by(environ: Mapping[str, str] = os.environ) -> Told | str | None:
@@ -51,14 +62,21 @@ def told_by(environ: Mapping[str, str] = os.environ) -> Told | str | None:
         return None
     try:
         rank = int(environ["RANK"])
-        text = json.loads(Path(path).read_text(encoding="utf-8"))
-        nodes = tuple(str(entry["node"]) for entry in text["order"])
-        switches = tuple(str(entry["switch"]) for entry in text["order"])
-        expected = nodes[rank // int(text["per_node"])]
+        per_node, nodes, _ = _read_order(path)
+        expected = nodes[rank // per_node]
         node = environ["SLURMD_NODENAME"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError) as error:
         return f"the order of the job's nodes in {path} cannot be used: {error!r}"
-    return Told(rank, node, expected, digest(nodes), nodes, switches)
+    return Told(rank, node, expected, digest(nodes), path)
+
+
+@cache  # once in a process: every rank of a run reads it from one shared folder
+def _read_order(path: str) -> tuple[int, tuple[str, ...], tuple[str, ...]]:
+    """Ranks of each node, the nodes, and the lowest switch of each."""
+    text = json.loads(Path(path).read_text(encoding="utf-8"))
+    nodes = tuple(str(entry["node"]) for entry in text["order"])
+    switches = tuple(str(entry["switch"]) for entry in text["order"])
+    return int(text["per_node"]), nodes, switches
 
 
 def require_order(told: Sequence[Told | str | None]) -> None:

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from ..settings import ConfigError
 from .jobscript import BODY
-from .section import SlurmConfig
+from .section import SlurmConfig, is_plain
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./:=,@%+-]+")
 # What an earlier launcher, or the shell of the person who submits, may have left: none of it is
@@ -65,8 +66,13 @@ def job_script(slurm: SlurmConfig, tasks: Sequence[Task], *, python: str, stamp:
         tasks: the run, or those of a job array.
         python: the interpreter on the nodes, or in the container.
         stamp: what made it, for its first lines.
+
+    Raises:
+        ConfigError: a text has a line break or another control character, such as the name of the
+            current folder; behind it a shell would read a comment as a command.
     """
     assert len(tasks) == max(1, len(slurm.array)), (tasks, slurm.array)
+    _require_plain(tasks, python, stamp)  # those of `slurm` are
     parts = [
         "#!/bin/bash",
         f"# counterflow {stamp.version}, {stamp.date}, in {shlex.quote(stamp.folder)}:",
@@ -83,6 +89,18 @@ def job_script(slurm: SlurmConfig, tasks: Sequence[Task], *, python: str, stamp:
         BODY.rstrip("\n"),
     ]
     return "\n".join(parts) + "\n"
+
+
+def _require_plain(tasks: Sequence[Task], python: str, stamp: Stamp) -> None:
+    texts = [*stamp.command, stamp.folder, stamp.version, stamp.date, python]
+    for task in tasks:
+        texts += [task.name, str(task.run), str(task.config)]
+    for text in texts:
+        if not is_plain(text):
+            raise ConfigError(
+                f"{text!r}: a line break or another control character, which no script can have; "
+                "choose another name or folder"
+            )
 
 
 def sbatch_lines(slurm: SlurmConfig, tasks: Sequence[Task]) -> list[str]:
@@ -184,6 +202,8 @@ def step_lines(slurm: SlurmConfig, python: str) -> list[str]:
     node = [python, "-m", "counterflow", "node", f"--ranks-per-node={slurm.per_node}"]
     if slurm.interface:
         node.append(f"--interface={slurm.interface}")
+    if slurm.roll_call_s:
+        node.append(f"--roll-call-s={slurm.roll_call_s}")
     words += [shlex.quote(word) for word in node]
     words += ['--folder="$folder"', "--", "train", '"$config"']
     return ["start() {", "  exec " + _wrapped(words), "}"]

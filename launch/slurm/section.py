@@ -19,7 +19,7 @@ _TIME = re.compile(r"[0-9]+(:[0-9]{1,2}){0,2}|[0-9]+-[0-9]{1,2}(:[0-9]{1,2}){0,2
 _MEMORY = re.compile(r"[0-9]+[KMGT]?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=.*", re.DOTALL)
 _SWITCHES = re.compile(r"[0-9]+(@[0-9:-]+)?")
-_INTERFACE = re.compile(r"[A-Za-z0-9_.:@-]{1,32}")
+_INTERFACE = re.compile(r"[A-Za-z0-9_.:@-]{1,15}")  # Linux's own limit
 _EXTRA = re.compile(r"--[a-z][a-z-]*(=.*)?|-[A-Za-z].*")
 
 
@@ -31,7 +31,9 @@ class LocalConfig:
         3, "times that all ranks start again, from the last checkpoint, after one was lost"
     )
     max_requeues: int = option(
-        0, "times that the run starts again after those, as long as it saves new checkpoints"
+        0,
+        "times that a run that has failed after those (not one that was stopped) starts again, as "
+        "long as it has saved a checkpoint",
     )
 
     def __post_init__(self) -> None:
@@ -82,7 +84,9 @@ class SlurmConfig:
         "a shell reads as it is",
     )
     max_requeues: int = option(
-        10, "times that the job queues itself again, after a signal, a bad node or a lost process"
+        10,
+        "times in a row that the job queues itself again without having come further (a higher "
+        "step's checkpoint); 0: it never does",
     )
     max_restarts: int = option(
         3,
@@ -91,6 +95,9 @@ class SlurmConfig:
     )
     signal_seconds: int = option(
         120, "seconds before the time limit at which the run saves a checkpoint and stops; 0: never"
+    )
+    roll_call_s: int = option(
+        0, "seconds that nodes wait for each other at the start; 0: by the run's timeout_s"
     )
     array: tuple[str, ...] = option(
         (),
@@ -103,6 +110,7 @@ class SlurmConfig:
         require("nodes", self.nodes, self.nodes >= 1, "1 or more")
         for name in (
             *("gpus_per_node", "ranks_per_node", "cpus_per_task", "max_requeues", "max_restarts"),
+            "roll_call_s",
         ):
             require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         if self.gpus_per_node and self.ranks_per_node:
@@ -116,7 +124,7 @@ class SlurmConfig:
         self._require_form("time", _TIME, "minutes, [D-]H:MM:SS or UNLIMITED")
         self._require_form("mem", _MEMORY, "a number with K, M, G or T")
         self._require_form("switches", _SWITCHES, "a number, or N@TIME")
-        self._require_form("interface", _INTERFACE, "the name of a network interface")
+        require_interface(self.interface)
         for name in ("nodelist", "exclude"):
             if getattr(self, name):
                 parse_hostlist(getattr(self, name), name)
@@ -174,6 +182,15 @@ class SlurmConfig:
             require("container_mounts", repr(mount), good, "FROM:TO or FROM:TO:ro, without a comma")
 
 
+def require_interface(name: str) -> None:
+    """Raise ValueError unless `name` can be that of a network interface, or is empty."""
+    fine = not name or bool(_INTERFACE.fullmatch(name))
+    require("interface", repr(name), fine, "the name of a network interface, at most 15 characters")
+
+
 def is_plain(text: str) -> bool:
     """Whether a text is one line that a terminal and a script show as it is."""
-    return all(c >= " " and c != "\x7f" and not 0x80 <= ord(c) <= 0x9F for c in text)
+    return all(
+        c >= " " and c != "\x7f" and not 0x80 <= ord(c) <= 0x9F and not "\ud800" <= c <= "\udfff"
+        for c in text
+    )

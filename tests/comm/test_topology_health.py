@@ -8,8 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from counterflow.comm.topology.health import GpuHealth, Link, find_health, health_by_nvml
-from tests.fake_nvml import LOST, UNSUPPORTED, FakeHealthNvml, NVMLError
+from counterflow.comm.topology.health import (
+    SLOWDOWNS,
+    GpuHealth,
+    Link,
+    find_health,
+    health_by_nvml,
+)
+from tests.fake_nvml import FOREIGN, LOST, UNSUPPORTED, FakeHealthNvml, NVMLError
 
 
 def test_the_fake_takes_what_pynvml_takes() -> None:
@@ -25,6 +31,9 @@ def test_the_fake_takes_what_pynvml_takes() -> None:
         else:
             assert getattr(pynvml, name) == fake, name
     assert compared > 40
+    for name in SLOWDOWNS.values():
+        now = name.replace("ClocksThrottleReason", "ClocksEventReason")  # pynvml's newer name
+        assert getattr(pynvml, name) == getattr(pynvml, now) == getattr(FakeHealthNvml, name), name
     memory = [name for name, _ in pynvml.c_nvmlMemory_t._fields_]
     process = [name for name, _ in pynvml.c_nvmlProcessInfo_v3_t._fields_]
     assert {"total", "used"} <= set(memory)
@@ -86,6 +95,29 @@ def test_what_a_gpu_does_not_have_is_not_told_and_what_fails_is_noted() -> None:
     assert (first.errors, first.mig, first.rows_failed) == ((), None, None)
     assert second.errors == ("temperature: Unknown Error", "NVLink 0: lost")
     assert third == GpuHealth(2, errors=("device: GPU is lost",))
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen", "named"),
+    [
+        (None, [0, 2, 3], None),
+        ("0,2", [0, 3], 2),  # places among those that may be opened
+        ("GPU-0003", [3], 1),
+        ("GPU-0000, GPU-0002", [0, 2], 2),
+        ("0,7", [0], 2),
+        ("", [], 0),
+        ("NoDevFiles", [], 1),
+        ("MIG-0123", [0, 2, 3], 1),
+    ],
+)
+def test_gpus_of_other_jobs_are_not_looked_at(
+    visible: str | None, seen: list[int], named: int | None
+) -> None:
+    nvml = FakeHealthNvml([{}, {"handle": FOREIGN, "ecc": (1, 1)}, {}, {}])
+    health = health_by_nvml(nvml, visible)
+    assert [gpu.index for gpu in health.gpus] == seen
+    assert health.named == named
+    assert not any(gpu.errors or gpu.ecc_volatile for gpu in health.gpus)
 
 
 def test_without_a_driver_or_the_library_the_reason_is_told(

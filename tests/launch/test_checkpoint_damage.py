@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import pickle
@@ -112,6 +113,36 @@ def test_if_all_are_damaged_it_is_an_error_that_names_each_and_no_new_run(
         assert text.startswith("CheckpointError: ")
         assert "step-00000001" in text
         assert "step-00000002" in text
+
+
+def test_what_cannot_be_read_now_is_no_damage_and_ends_all_ranks(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    ranks.run(cases.save_values, world=2, folder=str(tmp_path), steps=[1, 2])
+    for newest, load, then in ranks.run(cases.unreadable, world=2, folder=str(tmp_path)):
+        for kind, said in (newest, load):
+            assert kind == "ReadError"
+            assert said.startswith("rank 1: ")
+            assert "step-00000002" in said
+            assert ": cannot be read: Input/output error; look at the disk" in said
+        assert then == ("found", "2")
+
+
+@pytest.mark.parametrize("name", [FILE, MANIFEST])
+def test_a_tool_does_not_take_what_it_cannot_read_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    path, real = saved(tmp_path), Path.open
+
+    def refuse(file: Path, *rest: Any, **options: Any) -> Any:
+        if file.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(file, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(PermissionError) as raised:
+        verify(path)
+    assert raised.value.filename == str(path / name)
 
 
 def test_an_empty_folder_has_no_newest(tmp_path: Path) -> None:

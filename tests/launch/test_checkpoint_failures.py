@@ -88,11 +88,14 @@ def test_a_rank_that_does_not_come_is_told_within_the_limit(
     ranks: RankPool, tmp_path: Path
 ) -> None:
     found = ranks.run(cases.one_stays_away, world=2, folder=str(tmp_path))
-    ([error, refused], seconds), ([then], _) = found
+    ([error], ends, seconds), ([then], ends_of_1, _) = found
     assert "rank 0: saving the checkpoint of step 3: waiting for the other ranks" in error
     assert "no answer within 1.5 s" in error
     assert seconds < 10
-    assert "step 4 is not saved: an earlier save failed" in refused
+    assert len(ends) == 3  # of two saves and a look
+    assert len(ends_of_1) == 2
+    for text in (*ends, *ends_of_1):
+        assert "nothing can be saved any more: the run must be started again" in text
     assert "rank 1: saving the checkpoint of step 4: " in then
     assert os.listdir(tmp_path) == []
 
@@ -115,7 +118,7 @@ def test_a_disk_that_hangs_ends_no_wait_later_than_the_limit(
     late, refused, then = found
     assert "rank 0: the checkpoint of step 1 is still writing " in late
     assert "rank00000.safetensors after 1 s" in late
-    assert "step 2 is not saved: the checkpoint of step 1 is still writing" in refused
+    assert "rank 0: the checkpoint of step 1 is still writing" in refused
     assert then == ""
 
 
@@ -144,6 +147,40 @@ def test_a_damage_that_only_reading_shows_does_not_count_once_seen(tmp_path: Pat
     store.save(4, State(cases.value_pieces(0, 1, 4.0)))
     cases.saved_well(store)
     assert [path.name[-1] for path in checkpoints_in(tmp_path)] == ["4", "3", "2"]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_the_line_of_a_rank_that_waits_changes_while_bytes_move(
+    ranks: RankPool, tmp_path: Path, asynchronous: bool
+) -> None:
+    """So whoever ends ranks that do not move does not end one that saves or reads."""
+    found = ranks.run(
+        cases.lines_of_waits, world=2, folder=str(tmp_path), asynchronous=asynchronous
+    )
+    for rank, shown in enumerate(found):
+        what = {
+            "saving": "writing",
+            "verifying": "verifying",
+            "reading": "reading",
+        }
+        for doing, verb in what.items():
+            moving = [line for line in shown[doing] if f"({verb} " in line]
+            assert len(moving) >= 3, shown[doing]
+            assert all(line.endswith(" from ranks 0, 1") for line in moving)
+            assert any(f"rank0000{rank}.safetensors, 2 of 4 MiB" in line for line in moving)
+
+
+def test_a_leftover_that_cannot_be_removed_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / ".step-00000007.old").mkdir()
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    cases.store(tmp_path)
+    assert ".step-00000007.old: cannot be cleared away: Device or resource busy" in caplog.text
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

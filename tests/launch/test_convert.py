@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import Parameter
 
 from counterflow.fp8 import Quantized, dequantize
 from counterflow.launch import convert_command, convert_options
@@ -24,9 +25,11 @@ from counterflow.launch.checkpoint.read import open_checkpoint, verify
 from counterflow.launch.checkpoint.store import Checkpoints
 from counterflow.launch.config import Config
 from counterflow.launch.settings import to_toml
+from counterflow.launch.zero_deepspeed import DeepSpeedZero
 from counterflow.model import DeepSeekV3, ModelConfig, Yarn, hf_tensors, load_hf, save_hf
 from counterflow.model.hf import HfWeights
 from counterflow.model.names import hf_places
+from counterflow.parallel.zero import Share
 from tests import cases_convert
 from tests.cases_model import SMALL, V2, YARN, batch, set_biases
 from tests.ranks import RankPool
@@ -331,6 +334,22 @@ def test_info_tells_what_a_checkpoint_holds(
     assert "rank00000.safetensors" in facts["problems"][0]
 
 
+def test_info_of_a_damaged_manifest_tells_that_and_no_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = save(tmp_path / "run", model_with_biases(SMALL))
+    file = run / "checkpoints/step-00000007/checkpoint.json"
+    file.write_bytes(file.read_bytes()[:-9])
+    assert convert("info", run, "--json") == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["verified"] is False
+    assert facts["path"] == str(file.parent)
+    [problem] = facts["problems"]
+    assert problem.startswith(f"{file}: is damaged")
+    assert convert("info", run) == 1
+    assert problem in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("source", ["checkpoint", "hf"])
 @pytest.mark.parametrize("zero", [0, 1])
 def test_training_begins_with_the_weights_of_another_layout(
@@ -364,8 +383,53 @@ def save_reference(model: DeepSeekV3, folder: Path) -> Path:
 def test_weights_of_another_model_are_refused_at_the_start(ranks: RankPool, tmp_path: Path) -> None:
     run = save(tmp_path / "run", model_with_biases(replace(SMALL, moe_intermediate_size=24)))
     (text,) = ranks.run(cases_convert.refused, world=1, config=SMALL, path=str(run))
-    assert "does not fit the model in" in text
-    assert "parameters/model.layers.1.mlp.experts.gate_up_proj: [16, 48, 32], not" in text
+    assert "does not fit this model in" in text
+    assert "parameters/model.layers.1.mlp.experts.gate_up_proj is [16, 48, 32], not" in text
+
+
+def test_all_ranks_begin_with_an_older_checkpoint_where_the_newest_is_damaged(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    older, newer = model_with_biases(SMALL), model_with_biases(replace(SMALL, init_seed=4))
+    run = save(save(tmp_path / "run", older, step=7), newer, step=8)
+    damage(run, 8)
+    for differing in ranks.run(
+        cases_convert.begin_with_weights,
+        world=2,
+        config=replace(SMALL, init_seed=6),
+        path=str(run),
+        zero=0,
+        reference=str(save_reference(older, tmp_path)),
+    ):
+        assert differing == []
+
+
+def test_weights_that_are_not_there_or_all_damaged_are_told_on_all_ranks(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    run = save(tmp_path / "run", model_with_biases(SMALL))
+    damage(run, 7)
+    for path, said in (
+        (tmp_path / "nowhere", "no checkpoint there; give runs/NAME"),
+        (run, "no checkpoint is undamaged"),
+    ):
+        texts = ranks.run(cases_convert.refused, world=2, config=SMALL, path=str(path))
+        assert texts[0] == texts[1]
+        assert said in texts[0]
+
+
+def test_deepspeeds_masters_follow_weights_that_are_loaded() -> None:
+    """Of an optimizer without its library: masters [first, last) of two bfloat16 parameters."""
+    optimizer = DeepSpeedZero.__new__(DeepSpeedZero)
+    whole = {"a": torch.arange(6.0), "b": torch.arange(10.0, 14.0)}
+    optimizer._whole = {name: Parameter(of.view(2, -1).bfloat16()) for name, of in whole.items()}
+    optimizer.shares = {
+        "a": Share(Parameter(torch.zeros(4)), 2),
+        "b": Share(Parameter(torch.zeros(1)), 0),
+    }
+    optimizer.take_wholes()
+    assert torch.equal(optimizer.masters["a"], whole["a"][2:])
+    assert torch.equal(optimizer.masters["b"], whole["b"][:1])
 
 
 def test_the_model_of_a_checkpoint_keeps_its_nested_settings(tmp_path: Path) -> None:

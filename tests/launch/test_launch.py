@@ -28,7 +28,7 @@ from counterflow.launch.slurm.script import (
     task_lines,
 )
 from counterflow.launch.slurm.section import SlurmConfig
-from counterflow.launch.slurm.submit import JobId, clean, parse_job_id
+from counterflow.launch.slurm.submit import JobId, clean, parse_job_id, wait_for
 from tests.launch.commands import Command
 
 LAUNCH = Command("launch")
@@ -263,6 +263,7 @@ for word in "$@"; do case $word in --folder=*) folder=${word#--folder=} ;; esac;
 i=0
 for status in $STATUSES; do echo "$status" >"$folder/status/n$((i++))"; done
 [[ -z $BAD ]] || printf '%s\\n' $BAD >"$COUNTERFLOW_BAD_NODES"
+[[ -z $AGAIN ]] || touch "$folder/again"
 [[ -z $SAVED ]] || mkdir -p "$RUN/checkpoints/step-$SAVED"
 [[ -z $TERMINATE ]] || { kill -TERM "$PPID"; sleep 0.3; }
 exit "$ENDS"
@@ -270,7 +271,7 @@ exit "$ENDS"
 _SCONTROL = """
 case "$1 $2" in
   "show topology") echo "SwitchName=s Level=0 Nodes=n[1-2]" ;;
-  "show job") echo "JobId=7 ReqNodeList=(null) ExcNodeList=${EXCLUDED:-(null)} NumNodes=2" ;;
+  "show job") echo "JobId=7 Reason=${REASON:-None} ExcNodeList=${EXCLUDED:-(null)} NumNodes=2" ;;
   *) echo "scontrol $*" ;;
 esac
 """
@@ -300,6 +301,7 @@ class Job:
             "BAD": "",
             "SAVED": "",
             "TERMINATE": "",
+            "AGAIN": "",
         }
         done = subprocess.run(
             ["bash"], input=self.script, env=told | environ, capture_output=True, text=True
@@ -324,11 +326,16 @@ def test_a_job_that_is_done_says_where_its_results_are(job: Job) -> None:
     [
         ({"STATUSES": "0 75", "ENDS": "143"}, 75, ["requeue 7"], "requeue 7"),
         ({"STATUSES": "75 75", "SLURM_RESTART_COUNT": "2"}, 75, ["requeue 7"], "requeue 7"),
-        ({"STATUSES": "75 75", "SLURM_RESTART_COUNT": "3"}, 75, [], "has been 3 times"),
         ({"STATUSES": "2 75", "ENDS": "143"}, 2, [], "ended by a mistake"),
         ({"ENDS": "1"}, 1, [], "failed (status 1) without a new checkpoint"),
         ({"ENDS": "137", "STATUSES": "1"}, 1, [], "there is no checkpoint"),
         ({"ENDS": "1", "SAVED": "00000100"}, 1, ["requeue 7"], "requeue 7"),
+        ({"ENDS": "1", "AGAIN": "y"}, 1, ["requeue 7"], "requeue 7"),
+        (
+            {"STATUSES": "75", "TERMINATE": "y", "REASON": "TimeLimit"},
+            *(75, ["requeue 7"], "requeue 7"),
+        ),
+        ({"STATUSES": "1", "TERMINATE": "y", "REASON": "TimeLimit"}, 143, [], "unless Slurm"),
         ({"ENDS": "76", "STATUSES": "76"}, 76, [], "does not name: look above"),
         ({"STATUSES": "75", "TERMINATE": "y"}, 143, [], "job 7 was ended from outside"),
     ],
@@ -362,15 +369,37 @@ def test_progress_means_a_newer_checkpoint_than_at_this_start(job: Job) -> None:
     for step in ("00000100", "00000080"):
         (job.run / "checkpoints" / f"step-{step}").mkdir(parents=True)
     (job.run / "checkpoints" / ".step-00000200.part").mkdir()
-    status, lines = job.ends(ENDS="1", SAVED="00000090")
+    status, lines = job.ends(ENDS="1")
     assert status == 1
     assert "the newest checkpoint is of step 100" in lines[-1]
     assert "not queued again" in lines[-1]
+    # A run that has rolled back saves steps that it had saved before.
+    assert job.ends(ENDS="1", SAVED="00000090")[1][-1] == "scontrol requeue 7"
+
+
+def test_only_starts_in_a_row_that_come_no_further_count(job: Job) -> None:
+    def again(count: int, **environ: str) -> bool:
+        _, lines = job.ends(STATUSES="75", SLURM_RESTART_COUNT=str(count), **environ)
+        return lines[-1] == "scontrol requeue 7"
+
+    assert all(again(count) for count in range(2))
+    assert all(again(count, SAVED=f"{count:08}") for count in range(2, 10))
+    assert all(again(count) for count in range(10, 13))
+    status, lines = job.ends(STATUSES="75", SLURM_RESTART_COUNT="13")
+    assert status == 75
+    assert "(--max-requeues 3, and it has come no further 4 times): submit" in lines[-1]
+    assert again(0)  # numbers of jobs come again: this is another one
+
+
+def test_a_job_that_is_never_to_be_queued_again_is_not(tmp_path: Path) -> None:
+    job = Job(tmp_path, SlurmConfig(nodes=2, ranks_per_node=1, max_requeues=0))
+    status, lines = job.ends(STATUSES="75", SAVED="00000090")
+    assert (status, "not queued again" in lines[-1]) == (75, True)
 
 
 def test_without_scontrol_the_job_says_what_it_cannot_do(job: Job) -> None:
     (job.bin / "scontrol").unlink()
-    commands = ("bash", "rm", "mkdir", "sleep")
+    commands = ("bash", "rm", "mkdir", "sleep", "stat")
     for name in commands:
         (job.bin / name).symlink_to(f"/bin/{name}")
     status, lines = job.ends(STATUSES="75", PATH=str(job.bin))
@@ -398,6 +427,16 @@ def test_a_persons_setup_may_use_what_strict_shells_refuse(tmp_path: Path) -> No
     assert Job(tmp_path, slurm).ends(STATUSES="0")[0] == 0
 
 
+def test_a_setup_that_is_strict_itself_does_not_keep_the_job_from_queueing_again(
+    tmp_path: Path,
+) -> None:
+    slurm = SlurmConfig(nodes=2, ranks_per_node=1, setup=("set -efC -o pipefail",))
+    job = Job(tmp_path, slurm)
+    for _ in range(2):  # the second one finds the files of the first
+        status, lines = job.ends(STATUSES="75", ENDS="143")
+        assert (status, lines[-1]) == (75, "scontrol requeue 7")
+
+
 @pytest.mark.parametrize("text", ["", "x", "12 13", "12;", "-1", "12;a b", "Submitted job 1"])
 def test_only_a_jobs_number_is_taken_for_one(text: str) -> None:
     with pytest.raises(ConfigError, match="is no job's number"):
@@ -409,15 +448,72 @@ def test_only_a_jobs_number_is_taken_for_one(text: str) -> None:
 def test_the_environment_cannot_change_the_job_behind_the_scripts_back() -> None:
     own = {"PATH": "/bin", "SBATCH_ACCOUNT": "me", "SLURM_CONF": "/etc/s"}
     inside = {"SLURM_JOB_ID": "1", "SLURM_MEM_PER_CPU": "1", "SLURMD_NODENAME": "n"}
-    assert clean({**own, "SBATCH_OUTPUT": "x", "SBATCH_SIGNAL": "B:TERM"}) == own
-    assert clean({**own, **inside}) == own
-    assert clean({**own, "SLURM_CLUSTERS": "west"}) == {**own, "SLURM_CLUSTERS": "west"}
+    assert clean({**own, "SBATCH_OUTPUT": "x", "SBATCH_SIGNAL": "B:TERM"}, "") == own
+    assert clean({**own, **inside}, "") == own
+    assert clean({**own, "SLURM_CLUSTERS": "west"}, "") == {**own, "SLURM_CLUSTERS": "west"}
+    script = "\n".join(f"#SBATCH {line}" for line in ("--time=1", "--gpus-per-node=8", "-p x"))
+    rivals = ("TIMELIMIT", "GPUS_PER_NODE", "GPUS", "PARTITION")
+    assert clean({**own, **{f"SBATCH_{name}": "1" for name in rivals}}, script) == own
+    assert "SBATCH_ACCOUNT" not in clean(own, "#SBATCH --account=you\n")
+
+
+def test_a_line_break_in_the_name_of_the_current_folder_runs_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = tmp_path / "a\ntouch here"
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    options = [*FOUR, "--dry-run", "--", "train", "--run.folder", str(tmp_path / "runs")]
+    assert "a line break or another control character" in LAUNCH.error_of(capsys, *options)
+    good = {"command": ["x"], "folder": "/f", "version": "1", "date": "d"}
+    task = Task("n", PurePosixPath("/r"), PurePosixPath("/c"))
+    slurm = SlurmConfig(ranks_per_node=1)
+    stamps = [Stamp(**{**good, name: ["a\nb"] if name == "command" else "a\nb"}) for name in good]
+    tasks = [Task("n\n", task.run, task.config), replace(task, run=PurePosixPath("/r\nx"))]
+    for each, stamp, python in (
+        *((task, stamp, "py") for stamp in stamps),
+        *((each, STAMP, "py") for each in tasks),
+        (task, STAMP, "p\ny"),
+    ):
+        with pytest.raises(ConfigError, match="a line break or another control character"):
+            job_script(slurm, [each], python=python, stamp=stamp)
+
+
+def test_the_jobs_number_is_told_even_if_its_script_cannot_be_kept(
+    capsys: pytest.CaptureFixture[str], commands: Path
+) -> None:
+    Path("runs/small/slurm").mkdir(parents=True)
+    Path("runs/small/slurm/17").write_text("in the way")
+    stand_in(commands, "sbatch", "cat >/dev/null; echo 17")
+    told = LAUNCH.shown(capsys, *FOUR, "--", "train")
+    assert "submitted job 17" in told
+    assert "not kept" in told
+
+
+def test_waiting_asks_the_jobs_own_cluster_and_outlasts_a_controller_that_starts_again(
+    tmp_path: Path, commands: Path
+) -> None:
+    answers = (
+        'echo "$*" >>asked; n=$(wc -l <asked)\n'
+        "(( n < 3 )) && { echo 'Unable to contact slurm controller' >&2; exit 1; }\n"
+        "(( n < 5 )) && { echo 'JobId=17 JobState=RUNNING ExitCode=0:0'; exit; }\n"
+        "echo 'JobId=17 JobState=FAILED ExitCode=75:0'"
+    )
+    stand_in(commands, "scontrol", answers)
+    assert wait_for(JobId(17, "west"), poll_s=0.01) == 75
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked == ["--clusters=west show job --oneliner 17"] * 5
+    stand_in(commands, "scontrol", "echo 'Invalid job id specified' >&2; exit 1")
+    with pytest.raises(ConfigError, match=r"tells nothing of job 17 \(Invalid job id"):
+        wait_for(JobId(17), poll_s=0.001)
 
 
 def test_a_local_dry_run_prints_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     shown = LAUNCH.shown(capsys, "local", "--dry-run", "--", "train", "--train.steps", "30")
-    assert shlex.split(shown)[1:5] == ["-m", "counterflow", "train", "--train.steps"]
-    assert shlex.split(shown)[-4:] == ["--run.max_restarts", "3", "--run.logs", "true"]
+    assert shlex.split(shown)[1:] == [
+        *("-m", "counterflow", "launch", "local", "--max-restarts", "3", "--max-requeues", "0"),
+        *("--", "train", "--train.steps", "30"),
+    ]
 
 
 def test_help_needs_no_torch_and_has_every_option() -> None:
@@ -433,7 +529,7 @@ def test_help_needs_no_torch_and_has_every_option() -> None:
 
 def test_a_value_guards_itself_also_where_code_gives_it() -> None:
     good = SlurmConfig(ranks_per_node=1)
-    for change in ({"nodes": 0}, {"max_requeues": -1}, {"interface": "a b"}, {"switches": "x"}):
+    for change in ({"nodes": 0}, {"max_requeues": -1}, {"interface": "a" * 16}, {"switches": "x"}):
         with pytest.raises(ValueError, match=next(iter(change))):
             replace(good, **change)
 

@@ -22,16 +22,25 @@ LAUNCHER = """
 import sys
 from pathlib import Path
 from counterflow.launch.life.nodes import Nodes
+from counterflow.launch.life.stop import hold
 from counterflow.launch.torchrun import start
 
+if "--hold" in sys.argv:
+    hold()
+    print("held", flush=True)
+    while not Path("go").exists():
+        pass
 node, port, restarts, grace_s, timeout_s, address = sys.argv[1:7]
 nproc = 2 if node == "alone" else 1
 nodes = None if node == "alone" else Nodes(2, int(node), address)
 arguments = ["train", "--run.device", "cpu", "--mesh.dp", "1", "--mesh.ep", "1"]
 arguments += ["--checkpoint.enabled", "true" if float(grace_s) else "false"]
 sys.exit(start(arguments, nproc=nproc, port=int(port), nodes=nodes, max_restarts=int(restarts),
-               folder=Path("runs/small"), grace_s=float(grace_s), timeout_s=float(timeout_s)))
+               folder=Path("runs/small"), grace_s=float(grace_s), timeout_s=float(timeout_s),
+               nothing_to_lose="--nothing-to-lose" in sys.argv,
+               on_missing=lambda nodes: Path("missing").write_text(str(nodes))))
 """
+EARLY = (("0", "--at-once"), ("1", "--hold"))  # the second machine is asked before it begins
 
 
 class Launcher:
@@ -42,7 +51,7 @@ class Launcher:
         folder: Path,
         behaviour: str,
         node: str = "alone",
-        *,
+        *flags: str,
         port: int = 0,
         restarts: int = 0,
         grace_s: float = 60,
@@ -56,7 +65,12 @@ class Launcher:
         arguments = map(str, (node, port, restarts, grace_s, timeout_s, address))
         with self._errors.open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", LAUNCHER, *arguments], cwd=folder, env=environ, stderr=errors
+                [sys.executable, "-c", LAUNCHER, *arguments, *flags],
+                cwd=folder,
+                env=environ,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
             )
 
     def pids(self, attempt: int = 0, ranks: tuple[int, ...] = (0, 1)) -> list[int]:
@@ -95,9 +109,10 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Launcher]]:
 
 
 def test_a_signal_to_the_launcher_asks_every_rank_to_stop(
-    launch: Callable[..., Launcher],
+    launch: Callable[..., Launcher], tmp_path: Path
 ) -> None:
-    run = launch("wait")
+    run = launch("wait", "alone", "--hold")  # as `counterflow node` holds signals at first
+    (tmp_path / "go").touch()
     run.pids()
     for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM):  # at once: one request
         run.process.send_signal(number)
@@ -124,6 +139,28 @@ def test_a_second_sigterm_ends_ranks_that_do_not_stop(launch: Callable[..., Laun
     assert sorted(run.errors()) == [
         f"counterflow: error: rank {rank}, step 7: ended by SIGINT" for rank in range(2)
     ]
+
+
+def test_a_request_before_the_ranks_are_started_stops_all_machines_and_none_fails(
+    launch: Callable[..., Launcher], tmp_path: Path
+) -> None:
+    port = free_port()
+    first, second = (launch("wait", node, flag, port=port) for node, flag in EARLY)
+    assert second.process.stdout is not None
+    assert second.process.stdout.readline() == "held\n"
+    second.process.send_signal(signal.SIGUSR1)
+    (tmp_path / "go").touch()
+    assert (first.end(), second.end()) == (STOPPED, STOPPED), first.errors()
+    assert second.errors() == []
+
+
+def test_a_request_ends_ranks_that_have_nothing_to_lose_at_once_as_stopped(
+    launch: Callable[..., Launcher],
+) -> None:
+    run = launch("hang", "alone", "--nothing-to-lose", grace_s=0)
+    run.pids()
+    run.process.send_signal(signal.SIGUSR1)
+    assert run.end() == STOPPED
 
 
 def test_after_a_lost_rank_all_start_again(launch: Callable[..., Launcher]) -> None:
@@ -203,10 +240,11 @@ def test_a_machine_whose_first_one_is_gone_ends_with_its_ranks(
     ],
 )
 def test_machines_that_do_not_come_are_named_in_one_line(
-    launch: Callable[..., Launcher], node: str, address: str, words: str
+    launch: Callable[..., Launcher], tmp_path: Path, node: str, address: str, words: str
 ) -> None:
     port = free_port()
     run = launch("return", node, port=port, timeout_s=0.5, address=address)
     assert run.end() == FAILED
     (line,) = run.errors()
     assert words.format(port=port) in line
+    assert (tmp_path / "missing").read_text() == f"({1 - int(node)},)"

@@ -233,11 +233,15 @@ def test_a_request_is_heard_while_the_main_thread_is_blocked_and_does_not_end_it
 
 def test_signals_that_come_several_ways_at_once_are_one_request() -> None:
     printed = run("""
+        from counterflow.launch.life import stop
+        stop.ONE_REQUEST_S = 60  # a loaded machine
         with StopRequests(where) as requests:
             for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR2):
                 os.kill(os.getpid(), number)
                 time.sleep(0.05)
-            time.sleep(0.2)
+            while requests.signal is None:
+                time.sleep(0.001)
+            time.sleep(0.2)  # it goes on
         print(requests.signal.name, requests.asked)
     """)
     assert printed == "SIGUSR1 1\n"
@@ -247,12 +251,20 @@ def test_a_second_sigterm_later_ends_a_rank_that_was_asked_to_stop() -> None:
     process = start("""
         from counterflow.launch.life import stop
         stop.ONE_REQUEST_S = 0.3
-        with StopRequests(where):
+        with StopRequests(where) as requests:
+            def tell():
+                while requests.signal is None:
+                    time.sleep(0.001)
+                print("heard", flush=True)
+
+            threading.Thread(target=tell).start()
             print("ready", flush=True)
             block()
     """)
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.6)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "heard\n"
+    time.sleep(0.4)
     assert process.poll() is None
     assert end(process, signal.SIGTERM) == (143, LINE)
 

@@ -22,6 +22,7 @@ from counterflow.launch.world import Place
 from tests.ranks import free_port
 
 LIMIT_S = 1.5
+LOADED_S = 60.0  # for a rank that moves, which a loaded machine may not let run for long
 
 
 class Position:
@@ -63,6 +64,14 @@ def waits_in_gloo(at: Position, peers: list[int]) -> None:
 
 def moves(at: Position, peers: list[int]) -> None:
     at.moves()
+
+
+def reads(at: Position, peers: list[int]) -> None:
+    """A wait for a disk that gives bytes, longer than a rank may stand still."""
+    end = time.monotonic() + 2 * LIMIT_S
+    while time.monotonic() < end:
+        at.board.now = f"reading: {time.monotonic_ns()} bytes"
+        time.sleep(0.02)
 
 
 def ends_well(at: Position, peers: list[int]) -> None:
@@ -127,10 +136,11 @@ def rank_main(
             world_size=world,
         )
     place = Place(rank, world, rank, world, "127.0.0.1", port)
-    with Watchdog(at.line, place, limit_s=limit_s, answer_s=1.5) as watchdog:
+    with Watchdog(at.line, place, limit_s=limit_s, answer_s=5) as watchdog:
         store.add("ready", 1)
         while store.add("ready", 0) < world:
             time.sleep(0.01)
+        store.add("begun", 1)  # the last that it asks
         try:
             acts[act](at, peers)
         except RuntimeError as error:
@@ -145,6 +155,7 @@ ACTS = (
     stopped,
     waits_in_gloo,
     moves,
+    reads,
     ends_well,
     killed,
     fails,
@@ -170,7 +181,8 @@ class Ranks:
         if host:
             self.store = make_store(self.port, True)
         for rank, (act, *peers) in enumerate(acts):
-            given = (rank, len(acts), self.port, str(self.errors), act.__name__, peers, limit_s)
+            own_s = max(limit_s, LOADED_S) if act in (moves, ends_well) else limit_s
+            given = (rank, len(acts), self.port, str(self.errors), act.__name__, peers, own_s)
             self.processes.append(self._context.Process(target=rank_main, args=given))
             self.processes[-1].start()
 
@@ -250,6 +262,12 @@ def test_an_alarm_of_the_launcher_names_the_lost_rank_and_nobody_waits_for_its_a
     assert lines[2] == "rank 0: was ended by SIGKILL"
 
 
+def test_a_rank_whose_line_counts_what_it_reads_does_not_hang(watched: Ranks) -> None:
+    watched.start((reads,), limit_s=LIMIT_S)
+    assert watched.statuses(0) == [0]
+    assert watched.lines() == []
+
+
 def test_ranks_that_end_well_are_not_missed_by_those_that_go_on(watched: Ranks) -> None:
     watched.start((ends_well,), (ends_well,))
     assert watched.statuses(0, 1) == [0, 0]
@@ -262,8 +280,9 @@ def test_without_the_store_a_rank_that_hangs_says_its_own_line_and_one_that_move
     host = watched.host()
     watched.start((stuck_without_store, 2), (fails_without_store, 2), (moves,), host=False)
     store = make_store(watched.port, False)
-    while store.add("ready", 0) < 3:
+    while store.add("begun", 0) < 3:
         time.sleep(0.02)
+    time.sleep(0.2)  # the last one's answer is on its way
     store.set("die", "")
     host.join(30)
     assert watched.statuses(0, 1) == [1, 1]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 
 from counterflow.launch.metrics import MetricsWriter
 from counterflow.launch.metrics_config import MetricsConfig
-from counterflow.launch.metrics_wandb import require_wandb
+from counterflow.launch.metrics_wandb import WandbBoard, require_wandb
 
 ON = MetricsConfig(tensorboard=False, wandb=True, wandb_project="moe")
 
@@ -21,11 +23,12 @@ ON = MetricsConfig(tensorboard=False, wandb=True, wandb_project="moe")
 class FakeRun:
     """A fake of wandb's Run."""
 
-    def __init__(self, given: dict[str, Any]) -> None:
+    def __init__(self, given: dict[str, Any], broken: bool) -> None:
         self.given = given
         self.axes: dict[str, str | None] = {}
         self.logged: list[dict[str, Any]] = []
-        self.finished = self.broken = False
+        self.finished = False
+        self.broken = broken
 
     def define_metric(self, name: str, step_metric: str | None = None) -> None:
         self.axes[name] = step_metric
@@ -42,8 +45,10 @@ class FakeRun:
 class FakeWandb:
     """A fake of the package wandb: what this project calls of it, compared with it below."""
 
-    def __init__(self, *, key: bool = True, network: bool = True) -> None:
-        self.key, self.network = key, network
+    def __init__(self, *, key: bool = True, network: bool = True, broken: bool = False) -> None:
+        self.key, self.network, self.broken = key, network, broken
+        self.ready = threading.Event()  # what init waits for
+        self.ready.set()
         self.runs: list[FakeRun] = []
 
     def Settings(self, console: str, silent: bool, init_timeout: float) -> Any:  # noqa: N802
@@ -64,11 +69,15 @@ class FakeWandb:
         settings: Any,
         mode: str | None = None,
     ) -> FakeRun:
+        self.ready.wait(30)
         if mode == "online" and not self.network:
             raise ConnectionError("no such host")
         given = {k: v for k, v in locals().items() if k not in ("self", "settings")}
-        self.runs.append(FakeRun(given))
+        self.runs.append(FakeRun(given, self.broken))
         return self.runs[-1]
+
+
+OF_A_RUN = ((FakeRun, "define_metric"), (FakeRun, "log"), (FakeRun, "finish"))
 
 
 @pytest.fixture(autouse=True)
@@ -164,14 +173,58 @@ def test_wandb_mode_decides_where_it_is_set(
 def test_what_breaks_is_said_once_and_the_lines_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    wandb = fake(monkeypatch)
+    fake(monkeypatch, broken=True)
     with MetricsWriter(tmp_path, ON) as writer:
-        wandb.runs[0].broken = True
         for step in (1, 2, 3):
             writer.write("train", step, loss=1.0)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
     assert len(caplog.records) == 1
     assert "no more is sent to Weights & Biases after step 1" in caplog.text
+
+
+def test_a_start_that_hangs_holds_nobody_up_and_is_given_up_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wandb = fake(monkeypatch)
+    wandb.ready.clear()
+    began = time.monotonic()
+    board = WandbBoard(tmp_path, "moe", {}, resumed=False, close_limit_s=0.2)
+    for step in range(2000):  # more than wait
+        board.write(step, {"train/loss": 1.0})
+    assert time.monotonic() - began < 5
+    assert [record.getMessage() for record in caplog.records] == [
+        "Weights & Biases does not keep up: the numbers of step 1000 and more are not sent to it"
+    ]
+    board.close()
+    assert time.monotonic() - began < 10
+    assert len(caplog.records) == 2
+    assert "did not take everything within 0.2 s" in caplog.text
+    wandb.ready.set()  # it comes back: what waited is sent, in order
+    deadline = time.monotonic() + 30
+    while not (wandb.runs and wandb.runs[0].finished):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert [line["step"] for line in wandb.runs[0].logged] == list(range(1000))
+
+
+def test_all_calls_of_wandb_come_from_one_other_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = fake(monkeypatch)
+    threads: set[int] = set()
+    for owner, name in ((FakeWandb, "login"), (FakeWandb, "init"), *OF_A_RUN):
+        real = getattr(owner, name)
+
+        def noted(*given: Any, _real: Any = real, **named: Any) -> Any:
+            threads.add(threading.get_ident())
+            return _real(*given, **named)
+
+        monkeypatch.setattr(owner, name, noted)
+    with MetricsWriter(tmp_path, ON) as writer:
+        writer.write("train", 1, loss=1.0)
+    assert wandb.runs[0].finished
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
 
 
 def test_a_package_that_fails_at_its_start_stops_nothing(

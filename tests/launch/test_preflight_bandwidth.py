@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import hosts
@@ -59,6 +59,7 @@ def made_up(
     return Measured("H800", "nccl", 8, tuple(names), tuple(lines), tuple(map(between, again)))
 
 
+@settings(deadline=None, max_examples=39)
 @given(st.integers(2, 40))
 def test_in_every_round_a_node_has_one_pair_and_in_all_each_neighbour_once(num_nodes: int) -> None:
     rounds = neighbours.rounds_of_pairs(num_nodes)
@@ -69,7 +70,8 @@ def test_in_every_round_a_node_has_one_pair_and_in_all_each_neighbour_once(num_n
     assert len(list(chain(*rounds))) == len(wanted)
 
 
-@given(st.integers(3, 24), st.data())
+@settings(deadline=None, max_examples=50)
+@given(st.integers(3, 16), st.data())
 def test_slow_nodes_are_found_and_none_between_two_of_them_is_blamed(
     num_nodes: int, data: st.DataObject
 ) -> None:
@@ -109,6 +111,24 @@ def test_a_network_that_is_slow_everywhere_is_no_nodes_fault() -> None:
     base = Baseline("H800", "nccl", 8, 6, made_up().typical())
     [found] = bandwidth_findings(made_up(slow=range(6)), base, 0.8)
     assert (found.verdict, found.node) == ("warning", "")
+
+
+@pytest.mark.parametrize(("ill", "nodes"), [([2], ["n2"]), ([0, 2, 5], ["n0", "n2", "n5"])])
+def test_a_few_nodes_that_are_slow_inside_are_named(ill: list[int], nodes: list[str]) -> None:
+    base = Baseline("H800", "nccl", 8, 6, made_up().typical())
+    found = bandwidth_findings(made_up(inside=dict.fromkeys(ill, 50.0)), base, 0.8)
+    assert [f.node for f in found if f.verdict == "bad"] == nodes
+
+
+@pytest.mark.parametrize("ill", [range(4), range(6)])
+def test_most_nodes_that_are_slow_inside_are_no_nodes_fault(ill: Iterable[int]) -> None:
+    base = Baseline("H800", "nccl", 8, 6, made_up().typical())
+    found = bandwidth_findings(made_up(inside=dict.fromkeys(ill, 50.0)), base, 0.8)
+    [told] = found
+    assert (told.verdict, told.node) == ("warning", "")
+    assert f"{len(list(ill))} of 6 nodes are slow in themselves" in told.message
+    one = bandwidth_findings(made_up(nodes=1, inside={0: 50.0}), base, 0.8)
+    assert [f.node for f in one] == ["n0"]  # of which the baseline knows better
 
 
 def test_a_baseline_comes_back_and_refuses_other_machines(tmp_path: Path) -> None:
@@ -168,6 +188,18 @@ def test_ranks_find_out_together_what_differs(ranks: RankPool, tmp_path: Path) -
     assert told >= {("versions", "bad", "n1"), ("clock", "warning", "n3")}
     assert {node for check, _, node in told if check == "gpu"} == {"n0", "n1", "n2", "n3"}
     assert list((tmp_path / "runs").iterdir()) == []  # the token is gone
+
+
+@pytest.mark.parametrize(
+    ("ill", "bad"),
+    [([2], ["n2"]), ([0, 3], ["n0", "n3"]), ([0, 1, 2], [""]), ([0, 1, 2, 3], [""])],
+)
+def test_nodes_that_found_themselves_bad_decide_with_the_others(
+    ill: list[int], bad: list[str], ranks: RankPool
+) -> None:
+    found = ranks.run(cases.decided_together, world=4, ill=ill)
+    assert all(one == found[0] for one in found)
+    assert [f.node for f in found[0] if f.verdict == "bad"] == bad
 
 
 def test_on_hosts_of_their_own_the_one_with_a_slow_link_is_named() -> None:

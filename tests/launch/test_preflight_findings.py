@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from counterflow.comm.topology import NearestNics, Nic, PciPlace
@@ -27,9 +27,11 @@ from counterflow.launch.preflight.environment import (
 from counterflow.launch.preflight.finding import (
     Finding,
     bad_nodes,
+    decided,
     grouped,
     lines,
-    not_of_every_node,
+    load_findings,
+    save_findings,
     status_of,
 )
 from counterflow.launch.preflight.gpu import gpu_findings
@@ -66,6 +68,7 @@ def of_gpu(ill: Mapping[str, Any], *, wanted: int | None = 2) -> list[tuple[str,
         ({"slowdowns": 128}, "bad", "power brake"),
         ({"slowdowns": 32}, "warning", "software thermal slowdown"),
         ({"celsius": 86}, "warning", "GPU 1 has 86 °C, and is slowed down at 90 °C"),
+        ({"slowdowns": 4}, "warning", "GPU 1 is held at 345 of 1980 MHz by its power limit"),
         ({"slowdowns": 2}, "warning", "GPU 1 is held at 345 of 1980 MHz by a setting"),
         ({"slowdowns": 0}, "warning", "GPU 1 runs at 345 of 1980 MHz for no reason"),
         ({"mig": [1, 1]}, "bad", "GPU 1 is divided (MIG)"),
@@ -136,6 +139,13 @@ def test_a_card_of_a_gpu_that_is_down_or_slow_is_bad_and_any_other_is_not() -> N
     assert found.message.startswith("mlx5_1 runs at 200 Gbit/s, its siblings at 400")
     other = [*cards[:3], replace(cards[3], speed_gbps=100.0)]
     assert [f.verdict for f in nic_findings(other, near, "n1")] == ["warning"]
+    storage = [*cards[:2], replace(cards[2], speed_gbps=200.0)]
+    equally_near = [NearestNics(("mlx5_0", "mlx5_1", "mlx5_2"), "numa")]
+    [found] = nic_findings(storage, equally_near, "n1")
+    assert (found.verdict, "mlx5_2 runs at 200" in found.message) == ("warning", True)
+    assert nic_findings(storage, [equally_near[0]._replace(nearness="switch")], "n1") == [
+        replace(found, verdict="bad")
+    ]
     second_port = [cards[0], replace(cards[1], state="down", speed_gbps=None)]
     assert nic_findings(second_port, [NearestNics(("mlx5_0", "mlx5_1"), "switch")], "n1") == []
 
@@ -144,10 +154,14 @@ def test_gloos_interface_must_be_there() -> None:
     nics = [Nic("eth0", "net", "up", 100.0, None), Nic("ib0", "net", "down", None, None)]
     assert interface_findings(nics, {"GLOO_SOCKET_IFNAME": "eth0,lo"}, "n1") == []
     [found] = interface_findings(nics, {"GLOO_SOCKET_IFNAME": "eth1"}, "n1")
-    assert (found.verdict, found.node) == ("bad", "")  # the job's mistake, not the node's
-    assert "names eth1, which n1 does not have; there is eth0, ib0" in found.message
-    [found] = interface_findings(nics, {"GLOO_SOCKET_IFNAME": "ib0"}, "n1")
-    assert "ib0, which is down on n1" in found.message
+    assert "names eth1, which is not there; there is eth0, ib0" in found.message
+    [down] = interface_findings(nics, {"GLOO_SOCKET_IFNAME": "ib0"}, "n1")
+    assert "ib0, which is down" in down.message
+    for one in (found, down):
+        assert status_of(decided([one], ["n1"])) == MISTAKE  # where there is no other node
+        assert status_of(decided([one], ["n1", "n2"])) == BAD_NODE
+        everywhere = [one, replace(one, node="n2")]
+        assert status_of(decided(everywhere, ["n1", "n2"])) == MISTAKE
 
 
 def test_each_variable_that_hurts_is_told_with_its_remedy() -> None:
@@ -206,6 +220,7 @@ def test_the_same_finding_on_a_thousand_nodes_is_one_line() -> None:
     assert len(grouped(all_different)) == 1000
 
 
+@settings(deadline=None)
 @given(st.sets(st.from_regex(r"[a-z]{1,3}[0-9]{0,3}", fullmatch=True), max_size=30))
 def test_a_hostlist_is_what_slurms_parser_reads_back(names: set[str]) -> None:
     assert not names or set(parse_hostlist(hostlist(names))) == names
@@ -221,11 +236,55 @@ def test_the_exit_status_tells_a_bad_node_from_a_mistake() -> None:
     assert bad_nodes([warning, bad, mistake, replace(bad, message="d")]) == ("n1",)
 
 
-def test_what_every_node_has_is_no_nodes_fault() -> None:
-    everywhere = [Finding("gpu", "bad", "none", node) for node in ("a", "b")]
-    one = Finding("gpu", "bad", "hot", "a")
-    assert not_of_every_node([*everywhere, one], ["a", "b"]) == [Finding("gpu", "bad", "none"), one]
-    assert not_of_every_node(everywhere[:1], ["a", "a"]) == everywhere[:1]
+NODES = ["a", "b", "c", "d"]
+
+
+def in_use(*nodes: str) -> list[Finding]:
+    """The same fault on each, with other numbers."""
+    ill = {node: {"processes": [(77 + i, (3 + i) << 30)]} for i, node in enumerate(nodes)}
+    found: list[Finding] = []
+    for node in nodes:
+        health = health_by_nvml(FakeHealthNvml([{}, ill[node]]))
+        found += gpu_findings(health, wanted=2, node=node)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ill", "status"),
+    [("a", BAD_NODE), ("bc", BAD_NODE), ("bcd", MISTAKE), ("abcd", MISTAKE)],
+)
+def test_what_most_nodes_have_is_no_nodes_fault_whatever_its_numbers(ill: str, status: int) -> None:
+    hot = Finding("gpu", "warning", "is warm", "a", kind="heat")
+    found = decided([hot, *in_use(*ill)], NODES)
+    assert status_of(found) == status
+    assert bad_nodes(found) == (tuple(ill) if status == BAD_NODE else ())
+    assert hot in found
+    if status == MISTAKE:
+        [told] = [f for f in found if f.verdict == "bad"]
+        assert told.message.startswith(f"on {len(ill)} of 4 nodes, which is no single node's fault")
+        assert f"in use by other processes (77), 3.0 GiB; end them (so on {ill[0]})" in told.message
+
+
+def test_two_nodes_that_are_bad_in_their_own_ways_are_both_named() -> None:
+    lost = Finding("nic", "bad", "mlx5_1 is down", "d", kind="down")
+    found = decided([*in_use("b"), lost], NODES)
+    assert (status_of(found), bad_nodes(found)) == (BAD_NODE, ("b", "d"))
+
+
+def test_of_a_jobs_only_node_the_nodes_own_faults_are_still_the_nodes() -> None:
+    assert status_of(decided(in_use("a"), ["a", "a"])) == BAD_NODE
+    few = gpu_findings(health_by_nvml(FakeHealthNvml([{}, {}]), "0"), wanted=2, node="a")
+    assert "CUDA_VISIBLE_DEVICES names 1" in few[0].message
+    assert status_of(decided(few, ["a"])) == MISTAKE  # the job asked for one
+    lost = gpu_findings(health_by_nvml(FakeHealthNvml([{}]), "0,1"), wanted=2, node="a")
+    assert status_of(decided(lost, ["a"])) == BAD_NODE
+
+
+def test_the_same_mistake_that_each_node_found_is_told_once(tmp_path: Path) -> None:
+    found = [Finding("disk", "bad", f"has {free} bytes free", kind="room") for free in (1, 2)]
+    save_findings(tmp_path / "found", found)
+    assert load_findings(tmp_path / "found") == found
+    assert decided(found, NODES) == found[:1]
 
 
 def test_bad_nodes_are_noted_once_each_by_many_at_a_time(tmp_path: Path) -> None:
@@ -254,9 +313,8 @@ def test_a_sites_own_check_makes_a_node_bad_by_its_exit_status(tmp_path: Path) -
 
     assert found("") == found("true") == []
     [one] = found(f"{sys.executable} '{script}'")
-    assert one == Finding(
-        "command", "bad", f"{sys.executable} ends with exit status 4: [31mXid 79 on GPU 3", "n1"
-    )
+    said = f"{sys.executable} ends with exit status 4: [31mXid 79 on GPU 3"
+    assert one == Finding("command", "bad", said, "n1", kind="refuses")
     assert not (tmp_path / "ran").exists()
     assert found("sh -c 'kill -9 $$'")[0].message == "sh is ended by signal 9"
     began = time.monotonic()
@@ -264,7 +322,7 @@ def test_a_sites_own_check_makes_a_node_bad_by_its_exit_status(tmp_path: Path) -
     assert (late.message, late.node) == ("sh does not end within 0.3 s", "n1")
     assert time.monotonic() - began < 20
     [missing] = found("/no/such/program --now")
-    assert missing.node == ""  # the job's mistake
+    assert status_of(decided([missing], ["n1"])) == MISTAKE
     assert "/no/such/program: No such file or directory" in missing.message
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from counterflow.launch.doctor_look import node_names
 from counterflow.launch.doctor_options import DoctorOptions, add_arguments
 from counterflow.launch.life.status import BAD_NODE, DONE, FAILED, MISTAKE
 from counterflow.launch.preflight import run as preflight_run
+from counterflow.launch.preflight.finding import Finding, load_findings
 from counterflow.launch.preflight.nodes import BAD_NODES
 from counterflow.launch.preflight.run import before_training, preflight
 from counterflow.launch.preflight.section import PreflightConfig
@@ -27,7 +29,9 @@ ON_CPUS = {"SLURMD_NODENAME": "n7"}
 
 def a_run(folder: Path, **section: object) -> Config:
     made = PreflightConfig(**section)  # pyright: ignore[reportArgumentType]
-    return Config(run=RunConfig(folder=str(folder)), preflight=made)
+    config = Config(run=RunConfig(folder=str(folder)), preflight=made)
+    config.run.path.mkdir(exist_ok=True)  # as the launcher does
+    return config
 
 
 def begun(config: Config, folder: Path, **given: object) -> int:
@@ -65,6 +69,43 @@ def test_what_no_other_node_would_mend_is_a_mistake_and_no_bad_node(
     assert begun(a_run(tmp_path), tmp_path) == MISTAKE
     assert not (tmp_path / "bad").exists()
     assert "memory: 2 ranks take about" in capsys.readouterr().err
+    # Alone among several nodes: one that has little memory tells it, which the others cannot.
+    apart = a_run(tmp_path, together=False)
+    assert begun(apart, tmp_path, num_nodes=2, head=False) == MISTAKE
+    assert "preflight: n7 decided by itself" in capsys.readouterr().err
+    monkeypatch.undo()
+    full = shutil.disk_usage(tmp_path)._replace(free=1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    assert begun(apart, tmp_path, num_nodes=2, head=True) == MISTAKE
+    assert "bad: disk: 3 checkpoints" in capsys.readouterr().err
+    assert begun(apart, tmp_path, num_nodes=2, head=False) == MISTAKE
+    assert capsys.readouterr().err == ""  # the folder is all nodes' in common, so the head tells
+
+
+def test_a_node_that_finds_itself_bad_meets_the_others_with_what_it_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = a_run(tmp_path, command="false")
+    carried: list[Finding] = []
+    decides: int | None = MISTAKE
+
+    def start(arguments: Sequence[str], *, nproc: int) -> int:
+        carried[:] = load_findings(Path(arguments[arguments.index("--findings-from") + 1]))
+        if decides is None:
+            return FAILED
+        Path(arguments[arguments.index("--status-to") + 1]).write_text(str(decides))
+        return DONE
+
+    assert begun(config, tmp_path, start=start, num_nodes=2) == MISTAKE  # as all have it
+    assert [(f.check, f.node) for f in carried if f.verdict == "bad"] == [("command", "n7")]
+    assert capsys.readouterr().err == ""  # rank 0 tells
+    assert not (tmp_path / "bad").exists()
+    decides = None  # they do not meet
+    assert begun(config, tmp_path, start=start, num_nodes=2) == BAD_NODE
+    told = capsys.readouterr().err
+    assert "bad: command: n7: false ends with exit status 1" in told
+    assert "n7 decided by itself, without the other nodes" in told
+    assert (tmp_path / "bad").read_text() == "n7\n"
 
 
 def test_a_node_meets_the_others_only_where_that_is_asked_for(tmp_path: Path) -> None:
@@ -115,7 +156,7 @@ def test_doctor_tells_what_a_run_takes_and_refuses_what_does_not_fit(
     assert [rank["stages"] for rank in ranks] == [[0, 1], [0, 1]]
     assert all(rank["total"] == sum(rank["parts"].values()) for rank in ranks)
     assert {found["verdict"] for found in report["findings"]} <= {"ok", "warning"}
-    assert doctored("--config", str(path), "--gpu-memory-gib", "1") == MISTAKE
+    assert doctored("--config", str(path), "--gpu-memory-gib", "0.01") == MISTAKE
     out = " ".join(capsys.readouterr().out.split())
     assert "What the run takes of a GPU's memory at most, GiB" in out
     assert "bad: memory: pipeline rank 0 takes about" in out

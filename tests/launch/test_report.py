@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from counterflow.launch import report
+from counterflow.launch.conclusion import conclude
+from counterflow.launch.folder import RESULT
 from counterflow.launch.palette import DARK, LIGHT
 from counterflow.launch.report import to_html, write_report
 from counterflow.launch.run_data import RunData, idle_share, makespan_ms, read_run, read_timeline
@@ -311,6 +315,108 @@ def test_what_is_missing_is_left_out(folder: Path, missing: str) -> None:
     }
     for name, said in sections.items():
         assert (said in page.text) == (missing not in (name, "*.json*")), said
+
+
+def test_what_was_out_of_the_ordinary_is_listed(folder: Path) -> None:
+    """A run that skipped a batch, was stopped, and went on; a skipped step has no loss."""
+    assert "Out of the ordinary" not in to_html(read_run(folder), None)
+    lines = [
+        {"kind": "train", "step": 121, "loss": None, "main_loss": None, "grad_norm": None},
+        {"kind": "skip", "step": 121, "text": "loss is <nan>: the batch was skipped"},
+        {"kind": "stop", "step": 121, "text": "stopped by SIGUSR1, saved"},
+        {"kind": "resume", "step": 121, "text": "going on from the checkpoint of step 121"},
+        {"kind": "save_failed", "step": 121},
+        {"kind": "train", "step": 122, "loss": 2.0, "main_loss": 2.0, "tokens_per_second": 1001},
+        {"kind": "skip", "step": 122, "text": "the norm is high: the batch was skipped"},
+    ]
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+        metrics.writelines(json.dumps(line) + "\n" for line in lines)
+    run = read_run(folder)
+    assert (len(run.train), len(run.validation), len(run.events)) == (122, 2, 5)
+    plots = pytest.importorskip("counterflow.launch.plots")
+    drawn = {"loss": plots.to_svg(plots.loss_figure(run))}
+    text = Page(to_html(run, drawn)).text
+    assert "Out of the ordinary skip 2, stop 1, resume 1, save failed 1." in text
+    assert "121 skip loss is <nan>: the batch was skipped" in text
+    assert "121 resume going on from the checkpoint of step 121" in text
+
+
+def test_of_very_many_events_the_last_are_listed(folder: Path) -> None:
+    lines = [{"kind": "skip", "step": step, "text": f"number {step}."} for step in range(1, 1001)]
+    write(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    text = Page(to_html(read_run(folder), None)).text
+    assert "skip 1000." in text
+    assert "The last 200" in text
+    assert "number 801." in text
+    assert "number 800." not in text
+
+
+@pytest.fixture
+def early(tmp_path: Path) -> Path:
+    """The folder of a run without pictures, which take seconds."""
+    write(tmp_path / "config.toml", "")
+    return tmp_path
+
+
+def concluded() -> dict[str, Any]:
+    """A result as training makes it, of a run whose every last step was skipped."""
+    return {
+        "train_loss": None,
+        "validation_loss": math.nan,
+        "unigram_entropy": 3.25,
+        "tokens_per_second": 1060.5,
+        "seconds": 61.2,
+        "steps": 120,
+        "mesh": {"pp": 2},
+        "traces": [],
+    }
+
+
+def test_a_run_that_is_lost_while_its_report_is_written_has_no_result(
+    early: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "write_report", killed)
+        with pytest.raises(KeyboardInterrupt):
+            conclude(early, concluded())
+    assert not (early / RESULT).exists()
+    conclude(early, concluded())
+    assert (early / RESULT).exists()
+
+
+def test_the_report_at_the_end_is_the_one_that_is_written_again(
+    early: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conclude(early, concluded())
+    page = (early / "report.html").read_text(encoding="utf-8")
+    assert "train loss" in page
+    assert write_report(early).read_text(encoding="utf-8") == page
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_a_result_is_strict_json(early: Path) -> None:
+    def refuse(word: str) -> float:
+        raise AssertionError(f"{word} is not JSON")
+
+    conclude(early, concluded())
+    result = json.loads((early / RESULT).read_text(encoding="utf-8"), parse_constant=refuse)
+    assert result["validation_loss"] is result["train_loss"] is None
+    assert not list(early.glob("*.part"))
+
+
+def test_a_report_that_fails_does_not_take_the_result_with_it(
+    early: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*given: object) -> None:
+        raise OSError("no fonts")
+
+    monkeypatch.setattr(report, "write_report", broken)
+    conclude(early, concluded())
+    assert (early / RESULT).exists()
+    assert "no report: OSError: no fonts" in caplog.text
 
 
 def test_half_a_last_line_of_a_killed_run_is_left_out(folder: Path) -> None:

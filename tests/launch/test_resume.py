@@ -1,14 +1,26 @@
 """What a start of a run makes of what an earlier one has left."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from counterflow.launch.checkpoint.errors import CheckpointError
 from counterflow.launch.config import Config, load
 from counterflow.launch.engine import StepResult
 from counterflow.launch.history import LAST, History
-from counterflow.launch.resume import as_values, decide, differences, started_again
+from counterflow.launch.resume import (
+    as_values,
+    decide,
+    differences,
+    has_begun,
+    launch_name,
+    leave_begun,
+    saved_config,
+    set_aside,
+    started_again,
+)
 from counterflow.launch.settings import ConfigError
 
 
@@ -73,15 +85,23 @@ def test_layout_and_what_only_watches_may_change() -> None:
         ("train.log_every", "1"),
         ("checkpoint.every", "7"),
     )
-    assert not list(differences(SAVED, as_values(same), same.global_batch))
+    assert not list(differences(SAVED, same))
 
 
 def test_another_batch_is_another_training() -> None:
     other = config_of(("mesh.dp", "4"))
-    assert list(differences(SAVED, as_values(other), other.global_batch)) == [
-        "the batch of a step (train.sequences x schedule.microbatches x mesh.dp) was 16 sequences, "
-        "is 32"
-    ]
+    (difference,) = differences(SAVED, other)
+    assert difference.startswith("the batch of step 1 (train.sequences x schedule.microbatches")
+    assert difference.endswith("was 16 sequences, is 32")
+
+
+def test_a_ramp_that_another_layout_would_climb_otherwise_is_another_training() -> None:
+    ramp = (("train.ramp_start", "2"), ("train.ramp_steps", "10"), ("mesh.ep", "1"))
+    saved = as_values(config_of(*ramp, ("mesh.dp", "2")))
+    other = config_of(*ramp, ("mesh.dp", "1"), ("schedule.microbatches", "8"))
+    (difference,) = differences(saved, other)
+    assert difference.startswith("the batch of step 1 ")
+    assert not list(differences(saved, other, step=10))  # what is left has the full batch
 
 
 @pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
@@ -90,6 +110,46 @@ def test_a_restart_is_known_by_its_count(name: str) -> None:
     assert not started_again({name: "0"})
     assert not started_again({name: "-1"})
     assert not started_again({})
+
+
+def test_a_run_is_of_a_launch_only_once_that_has_begun_it(tmp_path: Path) -> None:
+    assert not has_begun(tmp_path, "Slurm job 7")
+    leave_begun(tmp_path, "Slurm job 7")
+    assert has_begun(tmp_path, "Slurm job 7")
+    assert not has_begun(tmp_path, "Slurm job 8")
+    (tmp_path / "begun.json").write_text("{")
+    assert not has_begun(tmp_path, "Slurm job 7")
+
+
+def test_all_starts_of_a_job_are_one_launch_and_those_of_two_jobs_are_not() -> None:
+    assert launch_name({"SLURM_JOB_ID": "7"}) == launch_name(
+        {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}
+    )
+    assert launch_name({"SLURM_JOB_ID": "7"}) != launch_name({"SLURM_JOB_ID": "8"})
+    assert launch_name({}) == launch_name({})
+
+
+def test_the_last_runs_checkpoints_stay_until_there_are_others_to_take_their_place(
+    tmp_path: Path,
+) -> None:
+    saved = tmp_path / "checkpoints" / "step-00000100"
+    saved.mkdir(parents=True)
+    assert set_aside(tmp_path) == ""
+    assert (tmp_path / "checkpoints.previous" / "step-00000100").is_dir()
+    (tmp_path / "checkpoints").mkdir()  # of a start that was lost before it saved anything
+    assert set_aside(tmp_path) == ""
+    assert (tmp_path / "checkpoints.previous" / "step-00000100").is_dir()
+
+
+def test_a_folder_that_cannot_be_moved_is_told(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-00000100").mkdir(parents=True)
+    (tmp_path / "checkpoints.previous").write_text("a file")
+    assert "cannot be moved" in set_aside(tmp_path)
+
+
+def test_a_checkpoint_of_weights_alone_is_no_run_to_go_on_with(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"checkpoint\.weights"):
+        saved_config({"config": {"model": {}}}, tmp_path)
 
 
 def test_a_history_comes_back_from_plain_json() -> None:

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from bench.survivor import EVERY, SMALL, STEPS, Outcome, Survivor, damage
+from counterflow.launch.checkpoint.read import open_checkpoint
+
+GUARD = (*("--guard.window", "2", "--guard.spike_sigma", "0.65", "--guard.max_events", "100"),)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,8 @@ def test_a_run_lost_again_and_again_ends_like_one_that_was_not(
     run.finish()
     assert "rank00000.safetensors" in run.said[-1]  # the damaged file is named
     assert run.starts == 4
-    assert resumed(run) == [first, kept] if first != kept else [kept, kept]
+    # Of the course that led here: what was lost after `kept` was saved is no part of it.
+    assert resumed(run) == ([first] if kept == first else [first, kept])
     assert second % EVERY == 0
     assert not uninterrupted.difference(Outcome.of(run))
 
@@ -63,6 +67,34 @@ def test_a_run_asked_to_stop_saves_ends_with_its_status_and_goes_on(
     assert not (run.run / "stopped.json").exists()
     assert resumed(run) == [stopped["step"]]
     assert not uninterrupted.difference(Outcome.of(run))
+
+
+def test_a_batch_that_makes_the_loss_jump_is_skipped_and_training_goes_on(tmp_path: Path) -> None:
+    run = Survivor(tmp_path, (*SMALL, *GUARD, "--guard.on_spike", "skip"))
+    run.finish()
+    lines = run.lines()
+    skipped = [line for line in lines if line["kind"] == "skip"]
+    assert skipped
+    assert all("standard deviations over the mean" in line["text"] for line in skipped)
+    trained = [line["step"] for line in lines if line["kind"] == "train"]
+    assert trained == list(range(1, STEPS + 1))
+    updates = open_checkpoint(run.newest()).read("optimizer/step/model.norm.weight")
+    assert int(updates) == STEPS - len(skipped)
+
+
+def test_a_run_rolled_back_goes_on_from_its_checkpoint_with_later_batches(tmp_path: Path) -> None:
+    run = Survivor(tmp_path, (*SMALL, *GUARD, "--guard.on_spike", "rollback"))
+    run.finish()
+    lines = run.lines()
+    back = [line for line in lines if line["kind"] == "rollback"]
+    assert back
+    for line in back:
+        assert line["step"] % EVERY == 0
+        assert line["step"] < line["failed_step"]
+    trained = [line["step"] for line in lines if line["kind"] == "train"]
+    assert trained == list(range(1, STEPS + 1))  # what was trained twice stands there once
+    evaluated = [line["step"] for line in lines if line["kind"] == "validation"]
+    assert evaluated == [5, 10, STEPS]
 
 
 def test_another_layout_goes_on_with_the_same_losses(tmp_path: Path) -> None:

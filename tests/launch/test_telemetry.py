@@ -18,7 +18,7 @@ from counterflow.comm.waiting import WaitBoard
 from counterflow.launch.config import Config
 from counterflow.launch.engine import StepResult
 from counterflow.launch.flops import token_flops
-from counterflow.launch.telemetry import Telemetry, expert_load, peak_resident_bytes
+from counterflow.launch.telemetry import Telemetry, expert_load, over_ranks, peak_resident_bytes
 from counterflow.launch.telemetry_gpu import GpuMeter
 from counterflow.parallel.mesh import Mesh, MeshShape
 from tests import cases_telemetry
@@ -85,7 +85,9 @@ def test_what_is_told_of_a_step() -> None:
     assert values["mfu"] == pytest.approx(flops * 500 / seconds / 1e9)
     assert 20 <= values["exposed_comm_ms"] <= 1e3 * seconds - 30
     assert values["exposed_comm_percent"] == pytest.approx(values["exposed_comm_ms"] / seconds / 10)
-    assert values["memory_gib"] * 2**30 == peak_resident_bytes() > torch.ones(1).nbytes
+    peak = values["memory_gib"] * 2**30
+    assert 0 <= peak_resident_bytes() - peak < 2**22  # it may have grown since, by little
+    assert peak > 2**24  # torch is in it
     assert not any(key.startswith("gpu_") for key in values)
 
 
@@ -216,6 +218,7 @@ def test_on_a_gpu_waits_are_not_told_and_the_gpu_is_read_every_so_many_steps(
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 4 * 2**30)
     meter = Telemetry(Config(), Mesh(MeshShape(pp=1, dp=2)), torch.device("cuda", 0))
     read: list[int] = []
+    of_all: list[int] = []
     for step in range(1, 22):
         with meter.step():
             time.sleep(1e-4)
@@ -225,4 +228,54 @@ def test_on_a_gpu_waits_are_not_told_and_the_gpu_is_read_every_so_many_steps(
         assert values["mfu"] > 0
         if "gpu_power_w" in values:
             read.append(step)
-    assert read == [1, 10, 20]
+        if "memory_gib_max" in values:
+            of_all.append(step)
+            assert values["memory_gib_max"] == 3
+            assert values["exposed_comm_ms_max"] is values["exposed_comm_ms_mean"] is None
+            assert values["gpu_power_w_max"] == values["gpu_power_w_mean"] == 412.5
+            assert values["gpu_utilization_percent_min"] == 97
+    assert read == of_all == [1, 10, 20]
+
+
+def test_of_all_ranks_highest_lowest_and_mean_are_told_of_those_that_know() -> None:
+    told = [
+        {"memory_gib": 2.0, "exposed_comm_ms": None, "gpu_power_w": 300.0},
+        {"memory_gib": 6.0, "exposed_comm_ms": None},
+        {"memory_gib": 4.0, "exposed_comm_ms": None, "gpu_power_w": 500.0},
+    ]
+    assert over_ranks(told) == {
+        "memory_gib_max": 6,
+        "exposed_comm_ms_max": None,
+        "exposed_comm_ms_mean": None,
+        "gpu_power_w_mean": 400,
+        "gpu_power_w_min": 300,
+        "gpu_power_w_max": 500,
+    }
+    waits = over_ranks([{"exposed_comm_ms": ms} for ms in (10.0, 0.0, 50.0)])
+    assert waits == {"exposed_comm_ms_max": 50, "exposed_comm_ms_mean": 20}
+
+
+def test_every_rank_tells_of_itself_and_not_within_the_time_of_a_step(ranks: RankPool) -> None:
+    """Rank 1 has more memory, waits longer, and comes late to the telling."""
+    told = ranks.run(cases_telemetry.telling_ranks, world=2, more_gib=0.25, late_s=0.5)
+    first, second = told
+    assert [sorted(values) == sorted(first[0]) for values in first] == [True, False, True]
+    for key in ("memory_gib", "exposed_comm_ms"):
+        mine = [rank[0][key] for rank in told]
+        assert first[0][f"{key}_max"] == second[0][f"{key}_max"] == max(mine)
+    assert first[0]["memory_gib_max"] >= first[0]["memory_gib"] + 0.1
+    exposed = [rank[0]["exposed_comm_ms"] for rank in told]
+    assert first[0]["exposed_comm_ms_mean"] == pytest.approx(sum(exposed) / 2)
+    assert exposed[1] >= exposed[0] + 20
+    # Rank 0 has waited at the first step's telling, which is no part of any step.
+    assert all(values["seconds"] < 0.4 and values["exposed_comm_ms"] < 400 for values in first)
+
+
+def test_nothing_is_told_of_all_ranks_where_that_is_off() -> None:
+    config = Config()
+    config = replace(config, metrics=replace(config.metrics, gpu_every=0))
+    meter = Telemetry(config, Mesh(MeshShape(pp=1, dp=2)), CPU)
+    with meter.step():
+        time.sleep(1e-3)
+    assert "memory_gib" in (values := meter.values(1, RESULT, 1000))
+    assert "memory_gib_max" not in values

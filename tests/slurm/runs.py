@@ -94,6 +94,11 @@ class Process(NamedTuple):
         """The node that Slurm started it on."""
         return self.environ["SLURMD_NODENAME"]
 
+    @property
+    def is_launcher(self) -> bool:
+        """Whether it is `counterflow node`."""
+        return "node" in self.arguments[1:4] and not self.environ.get("RANK")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -120,14 +125,16 @@ class Job:
 
     def ranks(self) -> dict[int, Process]:
         """The training's processes by rank."""
-        found = {p.pid: p for p in processes(self.id) if p.environ.get("RANK")}
-        # Children of a rank, such as compilers and copies of itself, have its environment.
-        own = [process for process in found.values() if process.parent not in found]
+        found = list(processes(self.id))
+        launchers = {process.pid for process in found if process.is_launcher}
+        # What comes of a rank has its environment too: compilers, and the keeper of its log, which
+        # is nobody's child.
+        own = [p for p in found if p.environ.get("RANK") and p.parent in launchers]
         return {int(process.environ["RANK"]): process for process in own}
 
     def launchers(self) -> dict[str, Process]:
         """`counterflow node` by node."""
-        return {p.node: p for p in processes(self.id) if "node" in p.arguments[1:4]}
+        return {process.node: process for process in processes(self.id) if process.is_launcher}
 
     def wait(self, *states: str) -> dict[str, str]:
         """Wait until the job is in one of these states."""
@@ -171,6 +178,7 @@ class Job:
                 raise self.slurm.failure(
                     f"ranks {sorted(ranks)} train, not {world_size}", self.id, self.file
                 )
+            self.until(lambda: all(stands_still(p.pid) for p in ranks.values()), "ranks to stand")
             yield ranks
         finally:
             for process in ranks.values():
@@ -178,8 +186,16 @@ class Job:
                     os.kill(process.pid, signal.SIGCONT)
 
     def wait_for_signal(self, ranks: Mapping[int, Process]) -> None:
-        """Wait until a signal waits for one of these ranks, which stand still."""
-        self.until(lambda: any(pending(p.pid) for p in ranks.values()), "a signal to the ranks")
+        """Wait until a signal waits for one of these ranks, which stand still.
+
+        Before it preempts a job Slurm lets all processes go on: then it has come already.
+        """
+
+        def there() -> bool:
+            pids = [process.pid for process in ranks.values()]
+            return any(pending(pid) or not stands_still(pid) for pid in pids)
+
+        self.until(there, "a signal to the ranks")
 
 
 def write_tiny(folder: Path) -> Path:
@@ -244,6 +260,15 @@ def pending(pid: int) -> bool:
     return any(
         int(mask, 16) for mask in re.findall(r"^(?:Shd|Sig)Pnd:\s*(\w+)", text, re.MULTILINE)
     )
+
+
+def stands_still(pid: int) -> bool:
+    """Whether a process has been stopped (SIGSTOP)."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    return "\nState:\tT" in text
 
 
 def checkpoints(folder: Path) -> list[int]:

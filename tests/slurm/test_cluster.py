@@ -48,7 +48,7 @@ from tests.slurm.runs import processes
 
 with cluster() as slurm:
     script = "#!/bin/sh\\nsrun sh -c 'setsid sleep 1000 & setsid sleep 1000'\\n"
-    job = slurm.submit(script, "--nodes=4")
+    job = slurm.submit(script, "--nodes=4", "--output=/dev/null")
     started = lambda: sum("1000" in process.arguments for process in processes(job)) == 8
     slurm.until(started, "eight processes", job)
     print(slurm.folder, flush=True)
