@@ -26,6 +26,7 @@ from .doctor_look import Looked, leave_status, look, with_preflight
 from .doctor_options import DoctorOptions
 from .doctor_print import as_json, print_facts
 from .doctor_ranks import met
+from .errors import ToldError
 from .life.status import DONE, FAILED, MISTAKE
 from .preflight.baseline import BaselineError
 from .preflight.finding import status_of
@@ -70,7 +71,7 @@ def run(parsed: argparse.Namespace) -> int:
             looked = look(options, config, place, ranks, gpus, environ)
     except BaselineError as error:
         problem, status = str(error), MISTAKE
-    except (CommError, ValueError) as error:
+    except (CommError, ToldError, ValueError) as error:
         problem = str(error)
     except Exception as error:  # a broken torch or MPI: what the doctor is asked about
         problem = f"{type(error).__name__}: {error}"

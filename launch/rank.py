@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from contextlib import ExitStack
 
@@ -30,6 +31,8 @@ def run_rank(config: Config) -> int:
         ValueError: the environment does not tell this rank's place, or its log cannot be written.
     """
     hold()
+    # Until `StopRequests` listens, whoever ends this rank does so without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     place = Place.of(os.environ)
     die_with_launcher()
     with ExitStack() as held:

@@ -216,7 +216,11 @@ def require_resumable(config: Config) -> None:
     if not config.checkpoint.enabled:
         return
     folder = config.run.path
-    for path in checkpoints_in(folder / CHECKPOINTS):
+    try:
+        paths = checkpoints_in(folder / CHECKPOINTS)
+    except OSError:
+        return  # what is wrong with the folder is told by whoever makes it
+    for path in paths:
         try:
             saved = saved_config(open_checkpoint(path).values, path)
         except CheckpointError:

@@ -48,7 +48,9 @@ def start_here(config: Config, *, preflight: bool = False) -> int:
                 nproc=nproc,
                 gpus_wanted=nproc if device == "cuda" else 0,
                 environ=os.environ,
-                start=lambda arguments, *, nproc: start(arguments, nproc=nproc, port=0),
+                start=lambda arguments, *, nproc: start(
+                    arguments, nproc=nproc, port=0, nothing_to_lose=True
+                ),
             )
             if status != DONE:
                 return status

@@ -128,6 +128,7 @@ def _look_and_train(
     from .resolved import gpus_wanted, resolved_path
 
     nodes = None
+    missing: list[int] = []  # node ranks that did not come when ranks were to start
     if len(site.order) > 1:
         run_id = "/".join(site.folder.parts[-2:])  # job and start
         nodes = Nodes(len(site.order), site.node_rank, meeting.address, run_id)
@@ -136,7 +137,13 @@ def _look_and_train(
         port = meeting.preflight_port
         with _lost_port(site, config, preflight=True):
             return start(
-                arguments, nproc=nproc, port=port, nodes=nodes, timeout_s=config.run.timeout_s
+                arguments,
+                nproc=nproc,
+                port=port,
+                nodes=nodes,
+                timeout_s=config.run.timeout_s,
+                nothing_to_lose=True,
+                on_missing=missing.extend,
             )
 
     status = before_training(
@@ -150,12 +157,12 @@ def _look_and_train(
         start=start_preflight,
     )
     if status != DONE:
-        return status
+        return _note_missing(site, missing) or status
     set_threads(choose_device(config.run.device, site.per_node), site.per_node)
     limit_s = request.config.limit_s(config)
     port = _training_port(site, config, besides=meeting.preflight_port, limit_s=limit_s)
     with _lost_port(site, config):
-        return start(
+        status = start(
             ["train", *request.train],
             nproc=site.per_node,
             port=port,
@@ -164,7 +171,9 @@ def _look_and_train(
             folder=config.run.path,
             grace_s=config.checkpoint.grace_s if config.checkpoint.enabled else 0.0,
             timeout_s=config.run.timeout_s,
+            on_missing=missing.extend,
         )
+    return _note_missing(site, missing) or status
 
 
 def _meet(site: Site, config: Config, interface: str, limit_s: float) -> Meeting:
@@ -280,9 +289,19 @@ def _name_missing(site: Site, error: NotThereError) -> int:
     if site.node_rank > 1:
         return FAILED
     _fail(error)
-    if not error.nodes or 2 * len(error.nodes) >= len(site.order):
-        return FAILED
-    note_bad_nodes(error.nodes, os.environ)
+    return _note_bad(site, error.nodes) or FAILED
+
+
+def _note_missing(site: Site, ranks: Sequence[int]) -> int:
+    """Have nodes left out that came to the roll call and not to the start; 0 if there are none."""
+    return _note_bad(site, [site.order[rank] for rank in ranks])
+
+
+def _note_bad(site: Site, names: Sequence[str]) -> int:
+    """Note fewer than half of the nodes as bad; the status that follows, 0 if none was noted."""
+    if not names or 2 * len(names) >= len(site.order):
+        return 0
+    note_bad_nodes(names, os.environ)
     return BAD_NODE
 
 
