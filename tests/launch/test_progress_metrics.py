@@ -168,14 +168,13 @@ def test_a_run_that_goes_back_forgets_what_came_after(tmp_path: Path) -> None:
 
 
 def test_tensorboard_shows_every_step_of_a_resumed_run_once(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    name = "tensorboard.backend.event_processing.event_accumulator"
+    accumulator = pytest.importorskip(name)
     for resume_step, last, loss in ((None, 6, 1.0), (4, 8, 2.0)):
         with MetricsWriter(tmp_path, resume_step=resume_step) as writer:
             for step in range((resume_step or 0) + 1, last + 1):
                 writer.write("train", step, loss=loss)
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     shown = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert shown == [(s, 1.0) for s in range(1, 5)] + [(s, 2.0) for s in range(5, 9)]
