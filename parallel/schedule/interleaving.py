@@ -113,10 +113,6 @@ class Interleaving:
     def __post_init__(self) -> None:
         for what, allowed in (("pair", "FBW"), ("forward", "F"), ("backward", "BW")):
             names = _parse(getattr(self, what), what)
-            if not names:
-                raise InterleavingError(
-                    f"interleaving: {what} names no phase; leave it out for the usual order"
-                )
             for name in names:
                 if name.direction not in allowed:
                     raise InterleavingError(
