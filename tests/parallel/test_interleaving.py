@@ -144,7 +144,6 @@ def test_every_phase_of_both_chunks_has_one_place(
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"pair": ()}, "pair names no phase; leave it out"),
         ({"pair": ("attn",)}, "'attn'; a phase is written like mlp"),
         ({"pair": ("attn(F)", "attn(F)")}, r"attn\(F\) twice"),
         ({"forward": ("attn(B)",)}, r"attn\(B\) is no phase of forward"),
