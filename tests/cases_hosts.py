@@ -43,13 +43,18 @@ def counted(work: Callable[[], T]) -> tuple[T, Seen]:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds that `work` takes on the slowest rank, from a common start."""
+    """Seconds from the first rank's start of `work` to the last rank's end.
+
+    All hosts are on one machine, whose clock they share. A rank's own seconds would say too
+    little: others may have sent already when it comes out of the barrier.
+    """
     dist.barrier()
-    began = time.perf_counter()
+    began = time.monotonic()
     work()
-    took = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
-    dist.all_reduce(took, dist.ReduceOp.MAX)
-    return float(took)
+    ended = time.monotonic()
+    ends = torch.tensor([-began, ended], dtype=torch.float64)
+    dist.all_reduce(ends, dist.ReduceOp.MAX)
+    return float(ends.sum())
 
 
 def send_and_receive(rank: int, pairs: Sequence[tuple[int, int]], num_bytes: int) -> None:
