@@ -150,11 +150,13 @@ class Collector:
         A trace that lists no device is most likely of a CPU run, so operators are kept at once.
         """
         self.operators = self.operators or top.get("deviceProperties") == []
-        categories = {*_DEVICE, *_CALLS, _ON_HOST, _ON_DEVICE}
+        categories = dict.fromkeys((*_DEVICE, _ON_HOST, _ON_DEVICE), frozenset[str]())
         if self.operators:
-            categories |= _OPERATORS
+            categories |= dict.fromkeys(_OPERATORS, frozenset[str]())
+        # Only a call is idle by its name; a range that a user names so is as wanted as any.
+        categories |= dict.fromkeys(_CALLS, _IDLE_CALLS)
         containing = f'"{_COLLECTIVE_OPERATOR}"'
-        return Wanted(frozenset(categories), _IDLE_CALLS, frozenset("BEM"), containing)
+        return Wanted(categories, frozenset("BEM"), containing)
 
     def take(self, events: list[Event]) -> None:
         """Note what is needed of some events."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
@@ -128,14 +128,13 @@ class Wanted:
     """Which events must not be left out; of the rest, those may be that are cheap to tell.
 
     Attributes:
-        categories: of events with a beginning and a duration ("X").
-        except_names: of events that are not needed though of such a category.
+        categories: of events with a beginning and a duration ("X"), each with the names of those
+            that are not needed though of this category.
         phases: of other events, whatever their category.
         containing: any event whose text contains this.
     """
 
-    categories: frozenset[str]
-    except_names: frozenset[str]
+    categories: Mapping[str, frozenset[str]]
     phases: frozenset[str]
     containing: str
 
@@ -353,7 +352,7 @@ class _Cutter:
                 return
             phase, category, name = (str(event.get(key)) for key in ("ph", "cat", "name"))
             named = phase == "X" and category in wanted.categories
-            if name not in wanted.except_names if named else phase in wanted.phases:
+            if name not in wanted.categories[category] if named else phase in wanted.phases:
                 continue
             beginning = _beginning(self.opening + piece, named)[len(self.opening) :]
             if beginning and not piece.startswith(self.dropped):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from counterflow.comm.profile.collect import Collector
@@ -199,8 +199,20 @@ def outcome(text: str, size: int, quick: bool, operators: bool) -> tuple[Any, ..
     return activities, collector.annotations(), counts, scanned
 
 
+# Kernels, ranges and operators may be named like calls that are left out.
+NAMED_LIKE_CALLS = [
+    {"ph": "X", "cat": category, "name": name, "pid": 0, "tid": 7, "ts": 10**15, "dur": 0}
+    for category in ("kernel", "user_annotation", "cpu_op")
+    for name in ("cudaLaunchKernel", "cudaEventQuery", "cudaLaunchKernel")
+]
+COMPACT = Layout(None, ":", False, False, False, None, None)
+
+
 @settings(max_examples=200, deadline=None)
 @given(EVENTS, LAYOUTS, st.sampled_from((1, 90, 400, 1500, 10**6)), st.booleans())
+@example(NAMED_LIKE_CALLS[:3] * 5, COMPACT, 90, False)
+@example(NAMED_LIKE_CALLS[3:6] * 5, COMPACT, 1500, False)
+@example(NAMED_LIKE_CALLS[6:] * 5, COMPACT, 1500, True)
 def test_the_quick_way_finds_what_the_plain_way_finds(
     events: list[Event], layout: Layout, size: int, operators: bool
 ) -> None:
