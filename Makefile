@@ -7,7 +7,7 @@ CONFIG ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
-ROOMS := comm fp8 launch model parallel
+ROOMS := comm fp8 launch model parallel predict
 
 .PHONY: help venv train test check bench gpu
 
@@ -41,8 +41,9 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# Two tests at a time, since most wait much; tests/beside.py says which.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # bench.fp8_training takes an hour on two cores and is run by itself.
 bench: $(STAMP)

@@ -23,7 +23,7 @@ def start_here(config: Config, *, preflight: bool = False) -> int:
         ConfigError: the folder or the port cannot be used; nothing was started.
     """
     nproc = config.run.nproc or config.mesh.world_size
-    port = free_port(config.run.port)
+    free_port(config.run.port)
     device = choose_device(config.run.device, nproc)
     if device == "cpu" and config.run.device == "auto" and (gpus := num_gpus()):
         print(
@@ -57,7 +57,7 @@ def start_here(config: Config, *, preflight: bool = False) -> int:
         return start(
             ["train", str(path)],
             nproc=nproc,
-            port=port,
+            port=config.run.port,
             max_restarts=config.run.max_restarts,
             folder=config.run.path,
             # Without checkpoints there is nothing to wait for.

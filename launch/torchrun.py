@@ -80,7 +80,8 @@ def start(
         PortError: the port is in use or not allowed.
     """
     alone = nodes is None
-    port = free_port(port) if alone or not nodes.node_rank else port
+    if port and (alone or not nodes.node_rank):
+        free_port(port)  # without the store's traceback; the store finds a free one by itself
     from torch.distributed.elastic.multiprocessing import SignalException
 
     from .life.agent import Agent, print_error

@@ -6,8 +6,8 @@
     assert ranks.run(case, world=4, scale=2.0) == [8.0] * 4
 
 Each case gets a fresh gloo world of the size asked for. The processes are forked from a server that
-has torch imported already, so eight of them cost one import. A case that takes too long is ended,
-with its processes; the next case gets new ones.
+has torch and the training imported already, so eight of them cost one import. A case that takes too
+long is ended, with its processes; the next case gets new ones.
 
 A pool can stand on the hosts of a `bench.hosts.network`: its ranks then talk through these hosts'
 links and loopbacks, and nothing else.
@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import random
 import socket
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -30,15 +32,25 @@ from bench.hosts import LINK, Host, enter
 _PRELOAD = [
     "torch",
     "torch.distributed",
+    "torch._dynamo",  # which a rank's first optimizer would import
     "counterflow.parallel.chunk",
     "counterflow.launch.checkpoint.store",
+    "counterflow.launch.trainer",
 ]
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port to listen at a while later.
+
+    Below those that the kernel gives to whoever asks for any (from 32768), as others do meanwhile,
+    and below those of tests/slurm.
+    """
+    rng = random.SystemRandom()  # what tests seed is the same in two processes
+    while True:
+        port = rng.randrange(10000, 17000)
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("", port))
+            return port
 
 
 class RankError(AssertionError):

@@ -19,6 +19,8 @@ from bench.hosts import Host, NetworkError, network
 from tests import cases_hosts as cases
 from tests.ranks import RankPool
 
+pytestmark = pytest.mark.alone
+
 LINK_MBIT, LOCAL_MBIT = 200, 640
 NUM_BYTES = 5_000_000
 

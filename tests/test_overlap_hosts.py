@@ -14,6 +14,8 @@ from tests import cases_overlap_hosts as cases
 from tests.cases_overlap_hosts import Sizes
 from tests.ranks import RankPool
 
+pytestmark = pytest.mark.alone
+
 LINK_MBIT = 200
 SMALL = Sizes(layers=1, hidden=128, heads=4, inner=128, microbatches=4, sequences=4, length=64)
 

@@ -73,11 +73,12 @@ class Council:
 
     Args:
         nodes: this machine's place.
-        port: where node 0 listens.
+        port: where node 0 listens; 0 for any free one, if it is alone.
         limit_s: how long to wait for the other machines to come, seconds.
 
     Attributes:
         store: of the ranks too.
+        port: where that listens.
 
     Raises:
         PortError: node 0 cannot listen at the port.
@@ -101,6 +102,7 @@ class Council:
         except dist.DistNetworkError as error:  # someone took the port after we looked
             reason = str(error).splitlines()[0]
             raise PortError(port, reason) from None
+        self.port = self.store.port
         self._own = dist.PrefixStore(  # pyright: ignore[reportPrivateImportUsage]
             f"agents/{nodes.run_id}", self.store
         )

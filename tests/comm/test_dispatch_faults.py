@@ -13,6 +13,8 @@ from tests import cases_dispatch_faults as cases
 from tests.cases_dispatch import SETTINGS, Setting
 from tests.ranks import RankError, RankPool
 
+pytestmark = pytest.mark.alone
+
 OPERATIONS = cases.OPERATIONS
 PAIR = {name: Setting(name, (0, 0)) for name in ("flat", "dedup")}
 GRID = SETTINGS["two_hop"]  # ranks 0 and 1 on one node, 2 and 3 on the other

@@ -15,6 +15,8 @@ from counterflow.comm.dispatch.lane import Lane
 from counterflow.comm.errors import CommError
 from counterflow.comm.waiting import WaitBoard
 
+pytestmark = pytest.mark.alone
+
 CPU = torch.device("cpu")
 
 

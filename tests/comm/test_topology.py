@@ -264,6 +264,7 @@ def test_one_ranks_wrong_environment_is_told_on_every_rank(ranks: RankPool) -> N
         assert reason.startswith("rank 1 does not know its node: the environment's GROUP_RANK='x'")
 
 
+@pytest.mark.alone
 def test_a_rank_that_does_not_come_is_named_within_the_limit(ranks: RankPool) -> None:
     assert ranks.run(cases.one_missing, world=2)[0] == (
         "rank 0: waiting for the nodes of all ranks (peers: rank 1): no answer within the limit "

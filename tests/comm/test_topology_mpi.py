@@ -17,6 +17,8 @@ import pytest
 from counterflow.comm.topology import ProcessPlace, place_of_process
 from counterflow.comm.topology.mpi import load_mpi, place_in_mpi
 
+pytestmark = pytest.mark.alone
+
 _TELL = """
 import dataclasses, json, sys
 from counterflow.comm.topology import place_of_process

@@ -285,6 +285,7 @@ def test_beyond_32768_slots_their_indices_take_four_bytes(num_slots: int, index_
 # ---- speed, and what is needed ----
 
 
+@pytest.mark.alone
 def test_v3s_shape_is_counted_within_about_a_second() -> None:
     experts = balanced_routing(V3, num_ranks=64, num_tokens=4096)
     layout, grid = ExpertLayout.contiguous(256, 64), grid_of(8, 8)

@@ -16,6 +16,8 @@ from counterflow.launch.checkpoint.read import checkpoints_in, open_checkpoint, 
 from tests import cases_checkpoint as cases
 from tests.ranks import RankError, RankPool
 
+pytestmark = pytest.mark.alone
+
 REMEDIES = {
     "copies": os.strerror(errno.ENOMEM),
     "making the folder": "Permission denied; make it writable",

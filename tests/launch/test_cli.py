@@ -18,6 +18,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return captured.err.removeprefix("counterflow: error: ").rstrip()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "arguments",
     [

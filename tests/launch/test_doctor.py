@@ -31,9 +31,8 @@ from counterflow.launch.doctor_facts import (
     variables_that_matter,
 )
 from counterflow.launch.doctor_ranks import first_host, meeting_of_step
-from counterflow.launch.torchrun import free_port
 from tests import cases_topology as cases
-from tests.ranks import RankPool
+from tests.ranks import RankPool, free_port
 
 KEYS = {"host", "python", "torch", "place", "gpus", "nics", "libraries", "environment", "topology"}
 DOCTOR = ("-m", "counterflow", "doctor")
@@ -102,7 +101,7 @@ def test_one_process_describes_its_machine_without_importing_torch_itself() -> N
 
 
 def test_under_torchrun_rank_0_tells_every_ranks_node_and_the_others_print_nothing() -> None:
-    port = str(free_port(0))
+    port = str(free_port())
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"]
     command += ["--master-addr=127.0.0.1", f"--master-port={port}"]
     done = ends([start([*command, f"--node-rank={n}", *DOCTOR, "--json"]) for n in (0, 1)])
@@ -149,7 +148,7 @@ def srun_step(rank: int) -> dict[str, str]:
 
 
 def test_processes_that_srun_started_meet_without_being_told_where(ranks: RankPool) -> None:
-    port = str(free_port(0))  # a test may not rely on the port that follows from the job's number
+    port = str(free_port())  # a test may not rely on the port that follows from the job's number
     environs = [srun_step(rank) | {"MASTER_PORT": port} for rank in (0, 1)]
     found = ranks.run(cases.met, world=2, environs=environs, limit_s=60.0)
     assert found[0] == found[1]
@@ -158,9 +157,10 @@ def test_processes_that_srun_started_meet_without_being_told_where(ranks: RankPo
     assert [seat.device for seat in found[0].seats] == ["device 0", "device 1"]
 
 
+@pytest.mark.alone
 def test_a_rank_that_does_not_come_is_named_within_the_limit(ranks: RankPool) -> None:
     environ = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    environ |= {"MASTER_PORT": str(free_port(0)), "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    environ |= {"MASTER_PORT": str(free_port()), "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     [said] = ranks.run(cases.met, world=1, environs=[environ], limit_s=0.5)
     assert said.startswith("rank 0: waiting for the other rank to join at 127.0.0.1:")
     assert "no answer within 0.5 s from rank 1" in said

@@ -15,8 +15,10 @@ from counterflow.launch import ema as module
 from counterflow.launch import report
 from counterflow.launch.config import load
 from counterflow.launch.ema import EMA
-from counterflow.launch.torchrun import free_port
 from counterflow.launch.trainer import train
+from tests.ranks import free_port
+
+pytestmark = pytest.mark.alone
 
 DECAY = 0.9
 SHAPES = {"embed": (7, 5), "experts": (3, 5, 4), "norm": (5,), "gain": (), "none": (0, 3)}
@@ -312,7 +314,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: str) -> tuple
         "train.lr": "0.005",
         **{f"train.{key}": value for key, value in settings.items()},
     }
-    place = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(0)}
+    place = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     for key, value in place.items():
         monkeypatch.setenv(key, str(value))
     # Drawing takes longer than all else, and is tested elsewhere.

@@ -41,6 +41,8 @@ from counterflow.launch.slurm.site import NodeConfig, Site, find_site
 from counterflow.launch.slurm.started import place_variables
 from counterflow.parallel.mesh import MeshShape
 
+pytestmark = pytest.mark.alone
+
 STUB = Path(__file__).with_name("stub")
 NAMES = ("n1", "n2", "n10")
 

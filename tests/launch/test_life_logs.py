@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.alone
+
 PREAMBLE = """
 import ctypes, os, signal, sys, time
 from pathlib import Path

@@ -13,6 +13,8 @@ import pytest
 
 from counterflow.launch.life.stop import StopRequests
 
+pytestmark = pytest.mark.alone
+
 PREAMBLE = """
 import ctypes, io, os, signal, socket, sys, threading, time
 from counterflow.launch.life.stop import StopRequests, hold

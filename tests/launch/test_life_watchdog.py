@@ -21,6 +21,8 @@ from counterflow.launch.life.watchdog import Watchdog
 from counterflow.launch.world import Place
 from tests.ranks import free_port
 
+pytestmark = pytest.mark.alone
+
 LIMIT_S = 1.5
 LOADED_S = 60.0  # for a rank that moves, which a loaded machine may not let run for long
 

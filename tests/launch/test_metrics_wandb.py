@@ -17,6 +17,8 @@ from counterflow.launch.metrics import MetricsWriter
 from counterflow.launch.metrics_config import MetricsConfig
 from counterflow.launch.metrics_wandb import WandbBoard, require_wandb
 
+pytestmark = pytest.mark.alone
+
 ON = MetricsConfig(tensorboard=False, wandb=True, wandb_project="moe")
 
 

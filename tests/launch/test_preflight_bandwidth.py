@@ -202,6 +202,7 @@ def test_nodes_that_found_themselves_bad_decide_with_the_others(
     assert [f.node for f in found[0] if f.verdict == "bad"] == bad
 
 
+@pytest.mark.alone
 def test_on_hosts_of_their_own_the_one_with_a_slow_link_is_named() -> None:
     reason = hosts.why_not()
     if reason is not None:

@@ -642,6 +642,7 @@ def test_a_mistake_is_one_line(
     assert words in told
 
 
+@pytest.mark.alone
 def test_it_runs_without_torch_and_numpy_and_its_help_comes_at_once(
     tmp_path: Path, folder: str
 ) -> None:

@@ -27,6 +27,8 @@ from counterflow.launch.recording import Recorder, remove_traces
 from counterflow.launch.recording_config import ProfileConfig
 from counterflow.parallel.mesh import Mesh, MeshShape
 
+pytestmark = pytest.mark.alone
+
 # Two ranks that share the experts, and a schedule with pairs. Shared experts stand behind the
 # routed ones, which is not the default, so that the trace shows whose order was taken.
 _RUN = """

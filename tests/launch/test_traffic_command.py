@@ -405,6 +405,7 @@ def test_no_tokens_at_all_are_counted_too(capsys: pytest.CaptureFixture[str]) ->
     assert "two_hop: dispatch is bound by nothing, for nothing is sent" in told
 
 
+@pytest.mark.alone
 def test_a_small_question_is_answered_without_torch_in_under_a_second() -> None:
     program = (
         "import sys, time; from counterflow.launch.cli import main\n"

@@ -135,6 +135,7 @@ def test_groups_communicate_and_hold_their_peers_in_order(
             assert heard[kind] == (peers if len(peers) > 1 else None)
 
 
+@pytest.mark.alone
 def test_a_groups_collective_ends_after_the_meshs_limit(ranks: RankPool) -> None:
     assert "timed out" in ranks.run(cases.limit, world=2)[0].lower()
 

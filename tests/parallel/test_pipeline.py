@@ -227,6 +227,7 @@ def test_when_a_rank_dies_every_other_ends_with_an_error_that_names_where(
         assert "(peer: rank " in errors[rank] or "(peers: rank" in errors[rank]
 
 
+@pytest.mark.alone
 def test_a_peer_that_never_answers_ends_in_an_error_within_the_limit() -> None:
     with RankPool() as pool, pytest.raises(RankError) as caught:
         pool.run(cases.never_answers, world=2, limit_s=2.0)

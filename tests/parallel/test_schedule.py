@@ -254,6 +254,7 @@ def test_the_grid_has_a_line_a_step_and_a_column_a_rank() -> None:
     ]
 
 
+@pytest.mark.alone
 def test_schedule_and_simulate_start_fast_and_without_torch() -> None:
     program = (
         "import counterflow.parallel.schedule, counterflow.parallel.simulate, sys, time\n"

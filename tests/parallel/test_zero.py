@@ -93,6 +93,7 @@ def test_shares_get_mean_gradients_and_wholes_get_every_share(
                 assert grad == pytest.approx(share.tolist(), rel=1e-6)
 
 
+@pytest.mark.alone
 def test_a_rank_that_is_gone_is_an_error_that_names_what_was_gathered(ranks: RankPool) -> None:
     told = ranks.run(cases.without_a_peer, world=2)[0]
     assert "the updated parameters model.norm" in told

@@ -321,6 +321,7 @@ def test_grids_tell_how_the_multiprocessors_are_split() -> None:
     assert (split.comm, split.compute) == (20, None)
 
 
+@pytest.mark.alone
 def test_a_long_trace_takes_seconds_at_most() -> None:
     """20,000 kernels and 1,000 marks take half a second of one core; four are refused."""
     kernels = [

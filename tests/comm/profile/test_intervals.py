@@ -3,6 +3,7 @@
 import random
 import time
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -78,6 +79,7 @@ def test_an_hour_in_nanoseconds_stays_exact() -> None:
     assert length(union([(start, start + 3), (start + 2, start + 5)])) == 5
 
 
+@pytest.mark.alone
 def test_a_hundred_thousand_intervals_take_seconds_at_most() -> None:
     numbers = random.Random(6)
     starts = [numbers.randrange(10**9) for _ in range(100_000)]
