@@ -53,7 +53,7 @@ def check_sizes(config: Config) -> None:
     schedules = step_schedules(config)
     stages = schedules[config.schedule.microbatches].num_stages
     try:
-        partition(model, stages)
+        partition(model, stages, config.schedule.layers)
     except ValueError as error:
         raise ConfigError(
             f"schedule.name={config.schedule.name} on mesh.pp={mesh.pp} ranks: {error}"

@@ -15,6 +15,7 @@ from counterflow import __version__  # the root package is no room, so no relati
 
 from .convert_options import add_arguments as add_convert_arguments
 from .doctor_options import add_arguments as add_doctor_arguments
+from .plan_options import add_arguments as add_plan_arguments
 from .profile_options import add_arguments as add_profile_arguments
 from .simulate_options import add_arguments as add_simulate_arguments
 from .traffic_options import add_arguments as add_traffic_arguments
@@ -84,6 +85,16 @@ def _parser() -> _Parser:
     )
     add_simulate_arguments(simulate)
     simulate.set_defaults(run=_simulate)
+
+    plan = commands.add_parser(
+        "plan",
+        help="how long a step will take, whether it fits, and which layout is best",
+        description="Predicts a training step from a model, a cluster and what is known of its "
+        "speed, and searches the best layout (docs/predict.md).",
+        allow_abbrev=False,
+    )
+    add_plan_arguments(plan)
+    plan.set_defaults(run=_plan)
 
     profile = commands.add_parser(
         "profile",
@@ -212,6 +223,12 @@ def _node(arguments: list[str]) -> int:
 
 def _simulate(parsed: argparse.Namespace) -> int:
     from .simulate_command import run
+
+    return run(parsed)
+
+
+def _plan(parsed: argparse.Namespace) -> int:
+    from .plan_command import run
 
     return run(parsed)
 

@@ -96,6 +96,10 @@ class ScheduleConfig:
     stages_per_rank: int | None = option(
         None, "stages that each rank holds, of interleaved; none: the schedule's own number"
     )
+    layers: tuple[int, ...] | None = option(
+        None,
+        "decoder layers of each stage, first to last; none: as even as the stages' costs allow",
+    )
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -103,6 +107,9 @@ class ScheduleConfig:
         require("schedule.microbatches", self.microbatches, self.microbatches >= 1, "1 or more")
         stages = self.stages_per_rank
         require("schedule.stages_per_rank", stages, stages is None or stages >= 1, "1 or more")
+        layers = self.layers
+        known = layers is None or (len(layers) > 0 and min(layers) >= 1)
+        require("schedule.layers", layers, known, "none, or 1 or more for each stage")
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,10 @@ def run(parsed: argparse.Namespace) -> int:
         ValueError: options that cannot be, or a configuration that does not fit together.
     """
     options = DoctorOptions.of(parsed)
+    if options.measure is not None:
+        from .measure_command import measure
+
+        return measure(options)
     environ = dict(os.environ)
     config = None
     if options.config is not None:

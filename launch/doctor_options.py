@@ -27,6 +27,9 @@ class DoctorOptions:
         findings_from: a file of what was found on this node already; None: look now.
         status_to: a file that gets the exit status, which is then 0: of torchrun's ranks each
             other one would be told as a failure.
+        measure: a file for what phases and links take on this machine; None: not measured.
+        ranks: that measure at once on this machine; None: as many as the run has there.
+        rounds: of measuring.
     """
 
     json: bool = False
@@ -41,6 +44,9 @@ class DoctorOptions:
     gpus_wanted: int | None = None
     findings_from: Path | None = None
     status_to: Path | None = None
+    measure: Path | None = None
+    ranks: int | None = None
+    rounds: int = 10
 
     @classmethod
     def of(cls, parsed: argparse.Namespace) -> Self:
@@ -65,7 +71,18 @@ class DoctorOptions:
             raise ValueError(f"--least-share {self.least_share:g} must be above 0, to 1")
         if not self.bandwidth and (self.baseline or self.save_baseline):
             raise ValueError("a baseline is of measured bandwidths; give --bandwidth too")
+        if self.measure is None and (self.ranks is not None or self.rounds != type(self).rounds):
+            raise ValueError(
+                "--ranks and --rounds say how to measure; give --measure FILE.json too"
+            )
+        if self.measure is not None and (self.bandwidth or self.preflight):
+            raise ValueError("--measure stands alone; ask for --bandwidth or --preflight apart")
+        for name, value in (("ranks", self.ranks), ("rounds", self.rounds)):
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value} must be 1 or more")
         outputs = [Output("--save-baseline", self.save_baseline)] if self.save_baseline else []
+        if self.measure is not None:
+            outputs.append(Output("--measure", self.measure, (".json",)))
         inputs = {"--baseline": self.baseline} if self.baseline else {}
         check_outputs(outputs, inputs)
 
@@ -115,6 +132,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preflight",
         action="store_true",
         help="print what is wrong and nothing else, as before a run, by --config's [preflight]",
+    )
+    parser.add_argument(
+        "--measure",
+        type=Path,
+        metavar="FILE.json",
+        help="time the phases of --config's layers, links and the optimizer on this machine, with "
+        "as many ranks at once as the run has here, and keep that for counterflow plan",
+    )
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="of --measure: ranks at once on this machine"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=DoctorOptions.rounds,
+        metavar="N",
+        help="of --measure: how often everything is timed (default 10)",
     )
     parser.add_argument("--gpus-wanted", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--findings-from", type=Path, metavar="FILE", help=argparse.SUPPRESS)

@@ -7,7 +7,7 @@ the routers' biases from the load of the whole global batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,7 @@ class Engine:
             the order in which ranks' gradients are summed.
         zero_backend: whose ZeRO-1, "counterflow" or "deepspeed" (see `zero_deepspeed`).
         ema_decay: of the parameters' moving average; None keeps none.
+        layers: decoder layers of each stage; None: the balanced cut of `model.partition`.
         overlap: in which order phases are issued, so that communication hides behind compute; None
             runs every stage in one piece.
         timeout_s: limit of every wait, seconds.
@@ -124,13 +125,14 @@ class Engine:
         zero: int = 0,
         zero_backend: str = "counterflow",
         ema_decay: float | None = None,
+        layers: Sequence[int] | None = None,
         overlap: Interleaving | None = DEFAULT_INTERLEAVING,
         timeout_s: float = 300.0,
     ) -> None:
         self.mesh = mesh
         self.config = config
         held = schedule.placement.stages(mesh.pp_rank)
-        cut = partition(config, schedule.num_stages)
+        cut = partition(config, schedule.num_stages, layers)
         if experts is None:
             experts = dispatcher(
                 "auto", mesh, num_experts=config.n_routed_experts, timeout_s=timeout_s

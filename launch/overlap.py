@@ -35,7 +35,8 @@ def check_overlap(config: Config, schedules: Collection[Schedule]) -> None:
     from ..parallel.overlap import Plan
 
     model = config.model
-    parts = partition(model, max(schedule.num_stages for schedule in schedules))
+    num_stages = max(schedule.num_stages for schedule in schedules)
+    parts = partition(model, num_stages, config.schedule.layers)
     # What a stage is made of decides, not which one it is.
     kinds = [_kind(model, part) for part in parts]
     outlines = {

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..comm.profile.read import Traces
     from ..comm.profile.report import Report
     from ..comm.profile.trace import Trace
+    from .profile_plan import PlanCheck
 
 _NS = 1_000_000  # in a millisecond
 
@@ -39,6 +40,7 @@ class Answer:
         missing: what files or ranks are not there, in sentences.
         across: what they show together; None of one trace.
         comparison: with what was simulated; None if not asked for.
+        plan: what the run says of its plan beyond that; None without one.
     """
 
     options: Options
@@ -48,6 +50,7 @@ class Answer:
     missing: tuple[str, ...]
     across: RanksReport | None
     comparison: Comparison | None
+    plan: PlanCheck | None = None
 
     @cached_property
     def summary(self) -> Summary:
@@ -180,8 +183,20 @@ def _analysed(options: Options, found: Traces, tell: Callable[[str], None]) -> A
             rules=rules,
             phase_pattern=pattern,
         )
-    begins = tuple(map(begin_of, traces))
-    return Answer(options, traces, tuple(reports), begins, found.missing, across, comparison)
+    begins, plan = tuple(map(begin_of, traces)), _plan_check(options, traces, comparison)
+    return Answer(options, traces, tuple(reports), begins, found.missing, across, comparison, plan)
+
+
+def _plan_check(
+    options: Options, traces: tuple[Trace, ...], comparison: Comparison | None
+) -> PlanCheck | None:
+    """What the run says of the plan that its simulation is part of; None without one."""
+    planned = None if options.simulated is None else options.simulated.planned
+    if planned is None or comparison is None:
+        return None
+    from .profile_plan import check_plan
+
+    return check_plan(planned, comparison, options.traces, traces[0].world_size)
 
 
 def _offsets(traces: tuple[Trace, ...], across: RanksReport | None) -> list[int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeAlias
 
+from ..comm.profile.by_phase import by_phase
 from ..comm.profile.report import Kernels, Phase, SmSplit
 from .profile_summary import Stretch, Summary, percent, summarise
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from ..comm.profile.imbalance import Imbalance
     from ..comm.profile.ranks import RanksReport, Share
     from .profile_command import Answer
+    from .profile_plan import PlanCheck
 
 Json: TypeAlias = dict[str, object]
 
@@ -66,7 +68,7 @@ def to_json(answer: Answer) -> Json:
         "missing": [*answer.missing, *summary.missing],
         "ranks": [_rank(answer, index) for index in range(len(answer.reports))],
         "across": None if answer.across is None else _across(answer.across),
-        "against": None if answer.comparison is None else _against(answer.comparison),
+        "against": None if answer.comparison is None else _against(answer.comparison, answer.plan),
     }
 
 
@@ -282,7 +284,7 @@ def _imbalance(found: Imbalance) -> Json:
     }
 
 
-def _against(found: Comparison) -> Json:
+def _against(found: Comparison, plan: PlanCheck | None) -> Json:
     return {
         "source": found.source,
         "schedule": found.schedule,
@@ -348,6 +350,33 @@ def _against(found: Comparison) -> Json:
         "pair": None if found.pair is None else _both(*found.pair),
         "findings": list(found.findings),
         "missing": list(found.missing),
+        "plan": None if plan is None else _plan(found, plan),
+    }
+
+
+def _plan(found: Comparison, plan: PlanCheck) -> Json:
+    phases = () if found.longest is None else by_phase(found.longest)
+    return {
+        "numbers": [
+            {
+                "name": of.name,
+                "unit": of.unit,
+                "predicted": of.predicted,
+                "measured": of.measured,
+                "ratio": of.ratio,
+            }
+            for of in plan.numbers
+        ],
+        "phases": [
+            {
+                "name": of.name,
+                **_both(of.measured, of.simulated),
+                "ratio": of.ratio,
+                "difference_ms": of.difference / _NS,
+            }
+            for of in phases
+        ],
+        "missing": list(plan.missing),
     }
 
 

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--against",
         metavar="FILE.json",
-        help="what counterflow simulate --json printed, to compare with",
+        help="what counterflow simulate --json or plan --json printed, to compare with",
     )
     add("--kernels", metavar="RULES.toml", help="what kernels are that the table does not know")
     add(

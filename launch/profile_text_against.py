@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ..comm.profile.by_phase import by_phase
 from ..comm.profile.findings import not_simulated, parts_told
 from ..comm.profile.notes import merged
 from .profile_text import fill, fitting, ms
@@ -13,6 +14,7 @@ from .tables import print_table
 if TYPE_CHECKING:
     from ..comm.profile.comparison import Comparison, KindTime, Part, PhaseTime, RankDifference
     from .profile_command import Answer
+    from .profile_plan import PlanCheck
 
 _NS = 1_000_000  # in a millisecond
 # Columns of the phases that go, one after the other, where there is too little room.
@@ -85,6 +87,8 @@ def print_comparison(answer: Answer, found: Comparison) -> None:
             fill(f"not simulated: {', '.join(missing)}")
     if found.longest is not None:
         _print_parts(answer, found, found.longest)
+    if answer.plan is not None:
+        _print_plan(answer, answer.plan, found)
     unit = f"a {found.unit}" if found.unit else "one unit"
     if found.fitted:
         fill(
@@ -93,6 +97,39 @@ def print_comparison(answer: Answer, found: Comparison) -> None:
         )
     for finding in found.findings:
         fill(f"- {finding}")
+
+
+def _print_plan(answer: Answer, plan: PlanCheck, found: Comparison) -> None:
+    """Where the prediction was wrong: by phase of the longest row, and the run as a whole."""
+    longest = found.longest
+    if longest is not None:
+        shares = by_phase(longest)[: answer.options.top]
+        body = [
+            [
+                of.name,
+                *(ms(of.simulated), ms(of.measured), _ratio(of.ratio)),
+                f"{of.difference / _NS:+.3f}",
+                f"{of.difference / longest.simulated:+.1%}" if longest.simulated else "-",
+            ]
+            for of in shares
+        ]
+        print()
+        print_table(
+            f"where the plan was wrong, rank {longest.rank}, step {longest.step}: predicted "
+            f"{ms(longest.simulated)} ms, measured {ms(longest.measured)}",
+            ["phase", "predicted", "measured", "ratio", "adds, ms", "of the row"],
+            body,
+            names=1,
+        )
+    if plan.numbers:
+        print()
+        body = [
+            [of.name, f"{of.predicted:,.3f}", f"{of.measured:,.3f}", _ratio(of.ratio), of.unit]
+            for of in plan.numbers
+        ]
+        print_table("the plan", ["", "predicted", "measured", "ratio", "unit"], body, names=1)
+    for line in plan.missing:
+        fill(f"note: {line}")
 
 
 def _print_parts(answer: Answer, found: Comparison, rank: RankDifference) -> None:

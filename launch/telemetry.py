@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from ..comm.collectives import gather
+from ..model.flops import mfu, peak_tflops, token_flops
 from ..parallel.mesh import Mesh
 from .config import Config
 from .engine import StepResult
-from .flops import mfu, peak_tflops, token_flops
 from .telemetry_gpu import GpuMeter
 
 _GIB = 2**30

@@ -169,6 +169,7 @@ class _Run:
             weight_decay=train_config.weight_decay,
             moments=getattr(torch, config.moments),
             ema_decay=train_config.ema_decay,
+            layers=config.schedule.layers,
             overlap=config.overlap.interleaving,
             zero=config.zero.stage,
             zero_backend=config.zero.backend,

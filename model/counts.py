@@ -1,4 +1,4 @@
-"""How many parameters a configuration has, in all and at work for one token. No torch needed."""
+"""How many parameters a configuration has, and bytes of cache for each token. No torch needed."""
 
 from __future__ import annotations
 
@@ -73,3 +73,31 @@ def mtp_parameters(config: ModelConfig) -> int:
     """Weights of one depth of multi-token prediction: projection, layer and three norms."""
     hidden = config.hidden_size
     return layer_parameters(config, moe=True) + 2 * hidden * hidden + 3 * hidden
+
+
+def kv_cache_bytes(config: ModelConfig, bytes_per_element: int = 2) -> int:
+    """What inference keeps of one token: each layer's latent and the one rotated key of all heads.
+
+    Args:
+        config: the model; multi-token prediction is not counted.
+        bytes_per_element: of the cache's numbers, 2 for BF16.
+
+    Returns:
+        70,272 for DeepSeek-V3 in BF16 (arXiv 2505.09343, table 1).
+    """
+    per_layer = config.kv_lora_rank + config.qk_rope_head_dim
+    return config.num_hidden_layers * per_layer * bytes_per_element
+
+
+def grouped_kv_cache_bytes(
+    *, layers: int, kv_heads: int, head_dim: int, bytes_per_element: int = 2
+) -> int:
+    """The same of a model whose query heads share keys and values in groups, for comparison.
+
+    Args:
+        layers: of the model.
+        kv_heads: heads of keys and of values in a layer.
+        head_dim: of each of them.
+        bytes_per_element: of the cache's numbers, 2 for BF16.
+    """
+    return layers * 2 * kv_heads * head_dim * bytes_per_element

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .config import ModelConfig
+from .storage import Storage
 
 if TYPE_CHECKING:
     from .build import Build
@@ -67,10 +68,12 @@ class Kept:
     Attributes:
         items: bytes by name.
         tokens: for how many tokens.
+        attention: bytes of those items that are attention's, with the input of the norm before it.
     """
 
     items: Mapping[str, int]
     tokens: int
+    attention: int
 
     @property
     def total(self) -> int:
@@ -83,28 +86,34 @@ class Kept:
         return (self.total - left_out) / self.tokens
 
 
-def kept_for_backward(config: ModelConfig, build: Build, load: Load, *, moe: bool) -> Kept:
+def kept_for_backward(
+    config: ModelConfig, build: Build | Storage, load: Load, *, moe: bool
+) -> Kept:
     """What a layer keeps from its forward to its backward, its own input included.
 
     Its output is left out: if someone needs that, it is the next layer, whose input it is.
 
     Args:
         config: dimensions.
-        build: dtype, recipe, and what is made again.
+        build: dtype, recipe, and what is made again, or what that means for memory.
         load: tokens and rows.
         moe: a layer with experts, or a dense one.
     """
     layer = _Layer(config, build, load)
-    items = {
+    attention = {
         "layer's input": layer.plain(load.tokens, config.hidden_size),
         **layer.attention(),
+    }
+    feed_forward = {
         "residual stream": layer.plain(load.tokens, config.hidden_size),
         **(layer.experts() if moe else layer.feed_forward(config.intermediate_size, "MLP")),
     }
-    return _kept(items, load)
+    return _kept(attention, feed_forward, load)
 
 
-def kept_between_halves(config: ModelConfig, build: Build, load: Load, *, moe: bool) -> Kept:
+def kept_between_halves(
+    config: ModelConfig, build: Build | Storage, load: Load, *, moe: bool
+) -> Kept:
     """What waits in the queue between the I half of a layer's backward and its W half.
 
     Each product with a weight keeps its input, as from the forward on, and the gradient of its
@@ -113,35 +122,37 @@ def kept_between_halves(config: ModelConfig, build: Build, load: Load, *, moe: b
     Args: as of `kept_for_backward`.
     """
     layer = _Layer(config, build, load)
-    hidden, tokens = config.hidden_size, load.tokens
-    items = {
-        **layer.waiting_in_attention(),
-        **(
-            layer.waiting_in_experts()
-            if moe
-            else layer.waiting_in_feed_forward(config.intermediate_size, "MLP")
-        ),
-    }
-    if build.recompute.norms:  # made again from these
-        items["layer's input"] = items["residual stream"] = layer.plain(tokens, hidden)
-    return _kept(items, load)
+    attention = layer.waiting_in_attention()
+    feed_forward = (
+        layer.waiting_in_experts()
+        if moe
+        else layer.waiting_in_feed_forward(config.intermediate_size, "MLP")
+    )
+    if layer.norms:  # made again from these
+        remade_from = layer.plain(load.tokens, config.hidden_size)
+        attention["layer's input"] = feed_forward["residual stream"] = remade_from
+    return _kept(attention, feed_forward, load)
 
 
-def _kept(items: Mapping[str, int], load: Load) -> Kept:
-    return Kept({name: size for name, size in items.items() if size}, load.tokens)
+def tiled_bytes(rows: int, columns: int) -> int:
+    """FP8 in tiles of 1x128: a byte a number, and a float32 scale for each tile."""
+    return rows * (columns + _FLOAT * _tiles_in(columns))
+
+
+def _kept(attention: Mapping[str, int], feed_forward: Mapping[str, int], load: Load) -> Kept:
+    items = {name: size for name, size in {**attention, **feed_forward}.items() if size}
+    return Kept(items, load.tokens, attention=sum(attention.values()))
 
 
 class _Layer:
     """Both sums over the same layer."""
 
-    def __init__(self, config: ModelConfig, build: Build, load: Load) -> None:
+    def __init__(self, config: ModelConfig, build: Build | Storage, load: Load) -> None:
         self.config = config
-        self.size = build.dtype.itemsize
-        self.wide = max(self.size, _FLOAT)  # of what is never below float32
-        self.fp8 = build.recipe is not None
-        self.e5m6 = build.recipe is not None and build.recipe.e5m6
-        self.norms = build.recompute.norms
-        self.up_projections = build.recompute.up_projections
+        storage = build if isinstance(build, Storage) else Storage.of(build)
+        self.size, self.wide = storage.itemsize, storage.wide
+        self.fp8, self.e5m6 = storage.fp8, storage.e5m6
+        self.norms, self.up_projections = storage.norms, storage.up_projections
         self.tokens, self.sequences = load.tokens, load.sequences
         self.counts = load.rows(config)
         self.rows = sum(self.counts)
@@ -151,7 +162,7 @@ class _Layer:
 
     def input(self, rows: int, columns: int) -> int:
         """Of a product: in FP8 tiles of 1x128."""
-        return _tiles(rows, columns) if self.fp8 else self.plain(rows, columns)
+        return tiled_bytes(rows, columns) if self.fp8 else self.plain(rows, columns)
 
     def normed(self, columns: int) -> int:
         """Of a product with a norm's output, if that is not made again."""
@@ -338,11 +349,6 @@ class _Layer:
             "router's weight of each row": self.rows * self.wide if self.fp8 else 0,
             **self._down_input(self.rows, inner, "experts"),
         }
-
-
-def _tiles(rows: int, columns: int) -> int:
-    """FP8 in tiles of 1x128: a byte a number, and a float32 scale for each tile."""
-    return rows * (columns + _FLOAT * _tiles_in(columns))
 
 
 def _tiles_in(size: int) -> int:

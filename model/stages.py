@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -50,31 +51,67 @@ def needs_embedding(config: ModelConfig) -> bool:
     return config.tie_word_embeddings or config.num_nextn_predict_layers > 0
 
 
-def partition(config: ModelConfig, num_stages: int) -> tuple[Part, ...]:
-    """Cut a model into stages so that the slowest is as fast as can be.
+def partition(
+    config: ModelConfig, num_stages: int, layers: Sequence[int] | None = None
+) -> tuple[Part, ...]:
+    """Cut a model into stages, by given numbers of layers or so that the slowest is fast.
 
     Cost is the weights that a token meets (of the routed experts only its own; the embedding is a
     look-up and costs nothing), so the last stage, with head and multi-token prediction, gets fewer
     layers. The first stage has the embedding; every stage has at least one layer.
 
+    Args:
+        config: of the model.
+        num_stages: how many.
+        layers: decoder layers of each stage; None: the cut whose slowest stage costs least.
+
     Raises:
-        ValueError: there are more stages than layers.
+        ValueError: there are more stages than layers, or `layers` are not those of this model.
     """
-    layers = config.num_hidden_layers
-    if not 1 <= num_stages <= layers:
+    total = config.num_hidden_layers
+    if not 1 <= num_stages <= total:
         raise ValueError(
-            f"{layers} layers cannot make {num_stages} stages, each with at least one layer; set "
+            f"{total} layers cannot make {num_stages} stages, each with at least one layer; set "
             f"num_hidden_layers to {max(num_stages, 1)} or more, or use fewer stages"
         )
-    costs = [_layer_cost(config, layer) for layer in range(layers)]
-    slowest = _cut(costs, _head_cost(config), num_stages, None)[0]
-    # Many cuts have that slowest stage; of these the most even one.
-    ends = _cut(costs, _head_cost(config), num_stages, slowest)[1]
+    if layers is None:
+        ends = _balanced(config, num_stages)
+    else:
+        _require_layers(layers, num_stages, total)
+        ends = tuple(accumulate(layers))
     starts = (0, *ends[:-1])
     return tuple(
-        Part(range(start, end), embed=start == 0, head=end == layers)
+        Part(range(start, end), embed=start == 0, head=end == total)
         for start, end in zip(starts, ends, strict=True)
     )
+
+
+def _require_layers(layers: Sequence[int], num_stages: int, total: int) -> None:
+    """Raise ValueError unless these are the layers of each stage of a model with `total`."""
+    shown = ",".join(map(str, layers))
+    if len(layers) != num_stages:
+        raise ValueError(
+            f"layers={shown} are of {len(layers)} stages, but there are {num_stages}; give "
+            "one number for each stage"
+        )
+    if min(layers) < 1:
+        raise ValueError(
+            f"layers={shown}: stage {min(range(num_stages), key=layers.__getitem__)} has "
+            f"{min(layers)}; each stage has at least one layer"
+        )
+    if sum(layers) != total:
+        raise ValueError(
+            f"layers={shown} are {sum(layers)} layers in all, but the model has "
+            f"num_hidden_layers={total}; change one of them"
+        )
+
+
+def _balanced(config: ModelConfig, num_stages: int) -> tuple[int, ...]:
+    """Where each stage of the balanced cut ends."""
+    costs = [_layer_cost(config, layer) for layer in range(config.num_hidden_layers)]
+    slowest = _cut(costs, _head_cost(config), num_stages, None)[0]
+    # Many cuts have that slowest stage; of these the most even one.
+    return _cut(costs, _head_cost(config), num_stages, slowest)[1]
 
 
 def _cut(

@@ -98,9 +98,16 @@ def plan_for(schedule: str, pp: int) -> Schedule:
     return build(schedule, ranks=pp, microbatches=max(2 * pp, 4))
 
 
-def make_engine(rank_mesh: Mesh, config: ModelConfig, schedule: str, dtype: torch.dtype) -> Engine:
+def make_engine(
+    rank_mesh: Mesh,
+    config: ModelConfig,
+    schedule: str,
+    dtype: torch.dtype,
+    layers: tuple[int, ...] | None = None,
+) -> Engine:
     plan = plan_for(schedule, rank_mesh.shape.pp)
-    return Engine(config, rank_mesh, plan, dtype=dtype, weight_decay=0.1, timeout_s=100)
+    options = {"dtype": dtype, "weight_decay": 0.1, "layers": layers, "timeout_s": 100}
+    return Engine(config, rank_mesh, plan, **options)
 
 
 def config_for(schedule: str, pp: int) -> ModelConfig:
@@ -131,13 +138,21 @@ def one_process_gradients(
     return loss, dict(hf_grads(single.model))
 
 
-def curves_agree(
-    rank: int, world: int, schedule: str, pp: int, ep: int, dp: int, steps: int
+def curves(
+    rank: int,
+    world: int,
+    schedule: str,
+    pp: int,
+    ep: int,
+    dp: int,
+    steps: int,
+    single: bool = False,
+    layers: tuple[int, ...] | None = None,
 ) -> dict[str, Any]:
-    """Losses, norms and final tensors of this rank, and the same of one process (on rank 0)."""
+    """Losses, norms and final tensors of this rank, and if `single` of one process (on rank 0)."""
     mesh = Mesh.create(MeshShape(pp, dp, ep), timeout_s=100)
     config = config_for(schedule, pp)
-    engine = make_engine(mesh, config, schedule, torch.float64)
+    engine = make_engine(mesh, config, schedule, torch.float64, layers)
     num = engine.pipeline.schedule.num_microbatches
     losses, norms, loads = [], [], []
     for step in range(steps):
@@ -149,12 +164,12 @@ def curves_agree(
         loads.append(result.loads)
     mine = {n: t.clone() for part in engine.parts.values() for n, t in hf_tensors(part)}
     answer = {"losses": losses, "norms": norms, "loads": loads, "tensors": mine}
-    if rank == 0:
-        single = OneProcess(config, torch.float64)
-        pairs = [single.step(*global_batch(s, num, dp), num * dp) for s in range(steps)]
+    if single and rank == 0:
+        alone = OneProcess(config, torch.float64)
+        pairs = [alone.step(*global_batch(s, num, dp), num * dp) for s in range(steps)]
         answer["single"] = {
             "losses": [loss for loss, _ in pairs],
             "norms": [norm for _, norm in pairs],
-            "tensors": {n: t.clone() for n, t in hf_tensors(single.model)},
+            "tensors": {n: t.clone() for n, t in hf_tensors(alone.model)},
         }
     return answer

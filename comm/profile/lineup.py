@@ -15,6 +15,10 @@ from .rows import PhaseRun, Row, phase_runs, simulated_row
 from .simulated import Simulated
 from .trace import Trace
 
+# What runs under marks of its own and is part of mlp in a plan: shared experts, and what lies
+# before and after the layers.
+_OF_MLP = ("shared", "output", "embed")
+
 
 @dataclass(frozen=True)
 class LineUp:
@@ -62,6 +66,8 @@ def line_up(
     found: list[Found] = []
     for number, (trace, report) in enumerate(zip(traces, reports, strict=True)):
         runs = measured_runs(trace, rules, phase_pattern, report.window)
+        if simulated.planned is not None:
+            runs = [run._replace(phase=_as_planned(run.phase)) for run in runs]
         rows = measured_rows(trace, runs, report.window)
         if rows:
             offset = 0 if offsets is None else offsets[number]
@@ -81,6 +87,12 @@ def line_up(
     )
     predicted = tuple(simulated_row(m.actions, scale) for m in matched)
     return LineUp(ranks, tuple(bare), (), tuple(matched), predicted, times, scale, tuple(missing))
+
+
+def _as_planned(phase: str) -> str:
+    """The phase that a plan counts a measured one to: it knows those of a layer alone."""
+    name, bracket, direction = phase.partition("(")
+    return f"mlp{bracket}{direction}" if name in _OF_MLP else phase
 
 
 def _median_time(matched: MatchedRow, name: str) -> tuple[int, int]:

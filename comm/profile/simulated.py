@@ -1,6 +1,7 @@
 """What `counterflow simulate --json` wrote, as far as a measured run is laid beside it.
 
 Knows the JSON and nothing of the simulator, so that a trace can be compared where only the file is.
+What `counterflow plan --json` wrote holds such an object, and says more of the whole step.
 """
 
 from __future__ import annotations
@@ -58,6 +59,20 @@ class SimulatedAction(NamedTuple):
         return 1 + max((phase.layer for phase in self.phases), default=-1)
 
 
+class Planned(NamedTuple):
+    """What a plan says beyond its simulation.
+
+    Attributes:
+        step_ms: the whole step, with what varies from rank to rank.
+        memory_bytes: per pipeline rank, at most.
+        world_size: ranks of the run.
+    """
+
+    step_ms: float
+    memory_bytes: tuple[float, ...]
+    world_size: int
+
+
 @dataclass(frozen=True)
 class Simulated:
     """A simulated training step.
@@ -68,6 +83,7 @@ class Simulated:
         unit: of the times, as the file says.
         makespan: of the whole step, in that unit.
         rows: per pipeline rank its actions, in order.
+        planned: what the plan says that the simulation is part of; None: it is by itself.
     """
 
     source: str
@@ -75,6 +91,7 @@ class Simulated:
     unit: str
     makespan: float
     rows: tuple[tuple[SimulatedAction, ...], ...]
+    planned: Planned | None = None
 
     @property
     def num_ranks(self) -> int:
@@ -122,7 +139,7 @@ def kind_of(name: str) -> tuple[str, str] | None:
 
 
 def read_simulated(path: str | Path) -> Simulated:
-    """Read a file that `counterflow simulate --json` wrote.
+    """Read a file that `counterflow simulate --json` wrote, or `counterflow plan --json`.
 
     Raises:
         ValueError: it cannot be read, is no JSON or not of that command, or lacks the steps; the
@@ -132,6 +149,9 @@ def read_simulated(path: str | Path) -> Simulated:
     top = reader.load(Path(path))
     if "traceEvents" in top:
         reader.fail("is a trace and no simulation")
+    plan = top if "simulation" in top else None
+    if plan is not None:
+        top = reader.object("simulation", plan["simulation"])
     for key in ("schedule", "ranks", "makespan"):
         if key not in top:
             reader.fail(f"has no {key!r}, so that command did not write it")
@@ -154,7 +174,8 @@ def read_simulated(path: str | Path) -> Simulated:
     makespan = reader.number("makespan", top["makespan"])
     if makespan <= 0:
         reader.fail("'makespan' is not above 0")
-    return Simulated(str(path), str(top["schedule"]), str(unit), makespan, rows)
+    planned = None if plan is None else reader.planned(plan, len(rows))
+    return Simulated(str(path), str(top["schedule"]), str(unit), makespan, rows, planned)
 
 
 class _Reader:
@@ -182,6 +203,26 @@ class _Reader:
         if not isinstance(top, dict):
             self.fail("is no JSON object")
         return cast("dict[str, object]", top)
+
+    def planned(self, plan: dict[str, object], num_ranks: int) -> Planned:
+        for key in ("step_ms", "memory", "world_size"):
+            if key not in plan:
+                self.fail(
+                    f"has a 'simulation' but no {key!r}, so `counterflow plan` did not write it"
+                )
+        held: list[float] = []
+        for rank, value in enumerate(self.items("memory", plan["memory"])):
+            where = f"memory[{rank}]"
+            held.append(self.number(where, self.object(where, value).get("total_bytes")))
+        if len(held) != num_ranks:
+            self.fail(f"'memory' has {len(held)} entries, but {num_ranks} ranks were simulated")
+        step, world_size = (self.number(key, plan[key]) for key in ("step_ms", "world_size"))
+        return Planned(step, tuple(held), int(world_size))
+
+    def object(self, where: str, value: object) -> dict[str, object]:
+        if not isinstance(value, dict):
+            self.fail(f"{where!r} is no JSON object")
+        return cast("dict[str, object]", value)
 
     def items(self, where: str, value: object) -> list[object]:
         if not isinstance(value, list):

@@ -1,88 +1,21 @@
-"""How large a run's parameters and their states are, from the model without values."""
+"""How large a run's parameters and checkpoints are."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-
-import torch
-
-from ...model import DeepSeekV3, partition
-from ...model.experts import Experts
+from ...model.inventory import Parameter, inventory
 from ...parallel.schedule import Schedule
+from ...predict.memory import master_bytes, moment_bytes, storage_of
 from ..config import Config
-from ..fp8 import make_recipe, make_recompute
+from ..plan_layout import layout_of
 
 _STEP_BYTES = 4  # AdamW's counter of updates, a float32 in CPU memory
+_AVERAGE_BYTES = 4  # of a number of the moving average, a float32
 
 
-@dataclass(frozen=True)
-class Weight:
-    """One parameter of the whole model.
-
-    Attributes:
-        name: as in checkpoints.
-        numel: its numbers, those of all experts.
-        dtype: of the parameter.
-        routed: whether it holds routed experts, which are divided over mesh.ep.
-        fp8: whether an FP8 form of it is kept beside.
-        matrices: in it; a checkpoint counts the updates of each.
-    """
-
-    name: str
-    numel: int
-    dtype: torch.dtype
-    routed: bool
-    fp8: bool = False
-    matrices: int = 1
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-    @property
-    def updated(self) -> torch.dtype:
-        """Of what AdamW updates: the parameter, or its float32 master."""
-        return torch.promote_types(self.dtype, torch.float32)
-
-    @property
-    def master_bytes(self) -> int:
-        return 0 if self.updated == self.dtype else self.numel * self.updated.itemsize
-
-    def moment_bytes(self, moments: str) -> int:
-        """Of both moments; "float32" stands for the dtype of what is updated."""
-        size = 2 if moments == "bfloat16" else self.updated.itemsize
-        return 2 * self.numel * size
-
-
-def stage_weights(config: Config, schedule: Schedule) -> list[dict[str, Weight]]:
-    """The parameters of each stage, by name; no memory is taken for them."""
-    stages: list[dict[str, Weight]] = []
-    for part in partition(config.model, schedule.num_stages):
-        module = DeepSeekV3(
-            config.model,
-            part,
-            dtype=getattr(torch, config.train.dtype),
-            device="meta",
-            recipe=make_recipe(config),
-            recompute=make_recompute(config),
-        )
-        routed = {id(p) for m in module.modules() if isinstance(m, Experts) for p in m.parameters()}
-        stages.append(
-            {
-                name: Weight(
-                    name=name,
-                    numel=p.numel(),
-                    dtype=p.dtype,
-                    routed=id(p) in routed,
-                    fp8=config.fp8.enabled and _in_fp8(name),
-                    matrices=math.prod(p.shape[:-2]),
-                )
-                for name, p in module.named_parameters()
-            }
-        )
-    return stages
+def stage_weights(config: Config, schedule: Schedule) -> list[dict[str, Parameter]]:
+    """The parameters of each stage, by name."""
+    parts = layout_of(config).parts(config.model, schedule.num_stages)
+    return [{p.name: p for p in inventory(config.model, part)} for part in parts]
 
 
 def checkpoint_bytes(config: Config, schedule: Schedule) -> int:
@@ -90,30 +23,17 @@ def checkpoint_bytes(config: Config, schedule: Schedule) -> int:
 
     Parameters, both moments, AdamW's counters, masters, moving averages and routers' biases.
     """
-    weights: dict[str, Weight] = {}
+    storage = storage_of(layout_of(config))
+    weights: dict[str, Parameter] = {}
     for stage in stage_weights(config, schedule):
         weights |= stage
+    average = 0 if config.train.ema_decay is None else _AVERAGE_BYTES
+    has_bias = config.model.topk_method == "noaux_tc"
     total = 0
     for weight in weights.values():
-        total += weight.nbytes + weight.moment_bytes(config.moments) + weight.master_bytes
+        states = moment_bytes(storage, config.moments) + master_bytes(weight, storage)
+        total += weight.numel * (weight.itemsize(storage) + states + average)
         total += _STEP_BYTES * weight.matrices
-        if config.train.ema_decay is not None:
-            total += 4 * weight.numel
-    return total + _bias_bytes(config, weights.values())
-
-
-def _bias_bytes(config: Config, weights: Iterable[Weight]) -> int:
-    if config.model.topk_method != "noaux_tc":
-        return 0
-    return sum(
-        config.model.n_routed_experts * weight.dtype.itemsize
-        for weight in weights
-        if weight.name.endswith(".mlp.gate.weight")
-    )
-
-
-def _in_fp8(name: str) -> bool:
-    """Whether a product that a recipe covers uses this parameter: see `Build.recipe`."""
-    if name.endswith(("embed_tokens.weight", "lm_head.weight", ".mlp.gate.weight")):
-        return False
-    return name.endswith(("proj.weight", "proj", "proj_with_mqa.weight"))
+        if has_bias and weight.name.endswith(".mlp.gate.weight"):
+            total += config.model.n_routed_experts * weight.itemsize(storage)
+    return total

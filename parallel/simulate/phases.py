@@ -86,15 +86,15 @@ class Phases:
 
     def forward(self, layers: int) -> tuple[PhaseSpan, ...]:
         """The phases of F alone: nothing overlaps."""
-        return _compose(self._order(FORWARD), self.times, layers, 0, 1.0)
+        return compose(self._order(FORWARD), [self.times] * layers, [])
 
     def input_half(self, layers: int) -> tuple[PhaseSpan, ...]:
         """The phases of I alone: nothing overlaps."""
-        return _compose(self._order(BACKWARD), self.times, 0, layers, 1.0)
+        return compose(self._order(BACKWARD), [], [self.times] * layers)
 
     def weight_half(self, layers: int) -> tuple[PhaseSpan, ...]:
         """The phases of W alone."""
-        return _compose(self._order(tuple(WEIGHTS)), self.times, 0, layers, 1.0)
+        return compose(self._order(tuple(WEIGHTS)), [], [self.times] * layers)
 
     def backward(self, layers: int) -> tuple[PhaseSpan, ...]:
         """The phases of B: weight gradients run behind its communication."""
@@ -107,7 +107,11 @@ class Phases:
         the longer one follows.
         """
         stretch = 1.0 / (1.0 - self.comm_share)
-        return _compose(self.order, self.times, forward_layers, backward_layers, stretch)
+        times = {
+            name: time * (stretch if lane_of(name) == COMPUTE else 1.0)
+            for name, time in self.times.items()
+        }
+        return compose(self.order, [times] * forward_layers, [times] * backward_layers)
 
     def layers_of(self, stages: int) -> tuple[int, ...]:
         """Layers of each of `stages` stages.
@@ -158,29 +162,38 @@ _ORDERED = (
 _BEFORE = {after: before for before, after in _ORDERED}
 
 
-def _compose(
+def lane_of(name: str) -> str:
+    """COMPUTE or COMMUNICATION, where a phase runs."""
+    return COMMUNICATION if name.startswith(("dispatch", "combine")) else COMPUTE
+
+
+def compose(
     order: Sequence[str],
-    times: Mapping[str, float],
-    forward_layers: int,
-    backward_layers: int,
-    stretch: float,
+    forward: Sequence[Mapping[str, float]],
+    backward: Sequence[Mapping[str, float]],
 ) -> tuple[PhaseSpan, ...]:
-    """Run the phases layer by layer in `order` on the two lanes."""
+    """Run the phases of a chunk, or of two, layer by layer on the two lanes.
+
+    Args:
+        order: phases as each pair of layers issues them; those that it lacks do not run.
+        forward: times of the phases of each layer that the forward passes, in its order.
+        backward: the same of the backward, which begins with the last layer of its chunk.
+    """
     free = {COMPUTE: 0.0, COMMUNICATION: 0.0}
     data = {"F": 0.0, "B": 0.0}  # when the last layer's output, of either direction, was there
     spans: list[PhaseSpan] = []
-    for layer in range(max(forward_layers, backward_layers)):
+    for layer in range(max(len(forward), len(backward))):
         ended: dict[str, float] = {}
         for name in order:
-            if layer >= (forward_layers if name in FORWARD else backward_layers):
+            layers = forward if name in FORWARD else backward
+            if layer >= len(layers):
                 continue
-            lane = COMMUNICATION if name.startswith(("dispatch", "combine")) else COMPUTE
+            lane = lane_of(name)
             direction = "F" if name in FORWARD else "B"
             ready = ended.get(_BEFORE.get(name, ""), data[direction])
-            time = times[name] * (stretch if lane == COMPUTE else 1.0)
             start = max(free[lane], ready)
-            free[lane] = ended[name] = start + time
-            spans.append(PhaseSpan(name, layer, lane, start, start + time))
+            free[lane] = ended[name] = start + layers[layer][name]
+            spans.append(PhaseSpan(name, layer, lane, start, ended[name]))
         for direction, last in (("F", FORWARD[-1]), ("B", BACKWARD[-1])):
             data[direction] = ended.get(last, data[direction])
     return tuple(spans)

@@ -35,6 +35,14 @@ def test_the_default_run_passes() -> None:
     check(Config())
 
 
+def test_layers_of_stages_are_numbers_from_one_up() -> None:
+    assert load(None, [("schedule.layers", "1,3")]).schedule.layers == (1, 3)
+    assert load(None, [("schedule.layers", "none")]).schedule.layers is None
+    for text in ("4,0", "", "1,x"):
+        with pytest.raises(ConfigError, match=r"schedule\.layers"):
+            load(None, [("schedule.layers", text)])
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -53,6 +61,11 @@ def test_the_default_run_passes() -> None:
             ["schedule.name=interleaved", "mesh.pp=2", "4 layers", "6 stages"],
         ),
         ([("mesh.pp", "3"), ("schedule.microbatches", "6")], ["dualpipe", "3"]),
+        (
+            [("schedule.layers", "2,1,1")],
+            ["mesh.pp=2", "layers=2,1,1", "3 stages, but there are 2"],
+        ),
+        ([("schedule.layers", "3,2")], ["layers=3,2", "5 layers in all", "num_hidden_layers=4"]),
         ([("schedule.name", "dualpip")], ["dualpip", "did you mean 'dualpipe'"]),
         ([("schedule.name", "mine.csv")], ["mine.csv: no such schedule file"]),
         ([("mesh.dp", "3"), ("mesh.ep", "3")], ["mesh.ep=3", "8 routed experts"]),

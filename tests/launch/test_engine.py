@@ -60,7 +60,8 @@ def test_float32_gradients_of_every_parameter_equal_those_of_one_process(
 
 @pytest.mark.parametrize("schedule", KINDS)
 def test_twenty_optimizer_steps_follow_those_of_one_process(ranks: RankPool, schedule: str) -> None:
-    results = ranks.run(cases.curves_agree, world=4, schedule=schedule, pp=2, ep=2, dp=2, steps=20)
+    sizes = {"schedule": schedule, "pp": 2, "ep": 2, "dp": 2}
+    results = ranks.run(cases.curves, world=4, **sizes, steps=20, single=True)
     single = results[0]["single"]
     for result in results:
         assert result["losses"] == results[0]["losses"], "every rank reports the same losses"
@@ -78,7 +79,7 @@ def test_twenty_optimizer_steps_follow_those_of_one_process(ranks: RankPool, sch
 
 def test_two_runs_agree_bit_for_bit(ranks: RankPool) -> None:
     first, second = (
-        ranks.run(cases.curves_agree, world=4, schedule="dualpipe", pp=2, ep=2, dp=2, steps=5)
+        ranks.run(cases.curves, world=4, schedule="dualpipe", pp=2, ep=2, dp=2, steps=5)
         for _ in range(2)
     )
     for one, two in zip(first, second, strict=True):
@@ -88,9 +89,24 @@ def test_two_runs_agree_bit_for_bit(ranks: RankPool) -> None:
             assert torch.equal(tensor, two["tensors"][name]), name
 
 
+def test_a_given_cut_trains_as_the_balanced_one(ranks: RankPool) -> None:
+    sizes = {"schedule": "dualpipe", "pp": 2, "ep": 2, "dp": 2, "steps": 2}
+    cuts = (None, (1, 3))
+    balanced, given = (ranks.run(cases.curves, world=4, **sizes, layers=cut) for cut in cuts)
+    held = [sorted(result["tensors"]) for result in (balanced[0], given[0])]
+    assert len(held[0]) == len(held[1]), "both stages, on every rank of two"
+    for one, other in zip(balanced, given, strict=True):
+        assert other["losses"][0] == one["losses"][0], "nothing is summed in another order"
+        assert other["loads"] == one["loads"]
+        # The norm, with which gradients are clipped, sums stages in another order.
+        assert other["losses"][1] == pytest.approx(one["losses"][1], rel=1e-12)
+        for name, tensor in one["tensors"].items():
+            torch.testing.assert_close(other["tensors"][name], tensor, rtol=0, atol=1e-10)
+
+
 def test_replicas_stay_bit_identical(ranks: RankPool) -> None:
     """Whoever holds a tensor (dp, a stage held twice, the tied embedding) has the same bits."""
-    results = ranks.run(cases.curves_agree, world=8, schedule="dualpipe", pp=2, ep=2, dp=4, steps=4)
+    results = ranks.run(cases.curves, world=8, schedule="dualpipe", pp=2, ep=2, dp=4, steps=4)
     seen: dict[str, torch.Tensor] = {}
     copies = 0
     for result in results:

@@ -17,22 +17,21 @@ from counterflow.launch.check import step_schedules
 from counterflow.launch.config import CheckpointConfig, Config, RunConfig, load
 from counterflow.launch.fp8 import make_recipe, make_recompute
 from counterflow.launch.life.status import MISTAKE
-from counterflow.launch.preflight.activations import StageActivations, activations
+from counterflow.launch.plan_layout import layout_of
 from counterflow.launch.preflight.disk import disk_findings
 from counterflow.launch.preflight.finding import bad_nodes, decided, status_of
 from counterflow.launch.preflight.host_memory import memory_of_machine
 from counterflow.launch.preflight.memory import (
     GIB,
-    activation_peaks,
     estimate_memory,
     memory_findings,
-    update_bytes,
 )
 from counterflow.launch.preflight.sizes import checkpoint_bytes, stage_weights
-from counterflow.model import DeepSeekV3, ModelConfig, partition
+from counterflow.model import DeepSeekV3, ModelConfig
 from counterflow.parallel.chunk import Chunk
-from counterflow.parallel.schedule import Schedule, build
-from counterflow.parallel.simulate import Costs, Memory, memory_of, simulate
+from counterflow.parallel.schedule import Schedule
+from counterflow.predict.activations import MicroBatch, stage_activations
+from counterflow.predict.memory import rank_states, storage_of
 from tests import cases_preflight as cases
 from tests.ranks import RankPool
 
@@ -90,20 +89,27 @@ def test_zeros_shares_are_predicted_to_their_rounding(
     found = ranks.run(cases.state_bytes, world=4, overrides=overrides)
     predicted = estimate_memory(config, schedule, device="cpu")
     stages = stage_weights(config, schedule)
+    layout = layout_of(config)
+    parts = layout.parts(config.model, schedule.num_stages)
     for rank in found:
-        mine = {
-            name: weight
-            for stage in schedule.placement.stages(rank["pp_rank"])
-            for name, weight in stages[stage].items()
-        }
-        whole = update_bytes(replace(config, zero=replace(config.zero, stage=0)), mine, "cuda")
+        held = schedule.placement.stages(rank["pp_rank"])
+        mine = {name: weight for stage in held for name, weight in stages[stage].items()}
+        shared, whole = (
+            rank_states(
+                config.model,
+                replace(layout, zero=zero),
+                tuple(parts[stage] for stage in held),
+                device="cuda",
+            ).update
+            for zero in (1, 0)
+        )
         of_rank = predicted.ranks[rank["pp_rank"]]
         assert rank["updated"] < whole
         assert len(mine) == rank["count"]
         # Of each parameter a number more or less: moments and master, or the average.
         for told, size in (
             (of_rank.parts["optimizer"], rank["optimizer"]),
-            (update_bytes(config, mine, "cuda"), rank["updated"]),
+            (shared, rank["updated"]),
             (of_rank.host, 2 * rank["averages"]),
         ):
             assert abs(told - size) <= 12 * len(mine)
@@ -116,15 +122,19 @@ def test_zeros_shares_are_predicted_to_their_rounding(
 def test_what_a_stage_keeps_is_predicted(overrides: list[tuple[str, str]], num_stages: int) -> None:
     config = load(None, [*overrides, ("data.sequence_length", "64")])
     config = replace(config, mesh=replace(config.mesh, ep=1))
-    predicted = activations(config, num_stages, padded_heads=True)
-    for stage, part in enumerate(partition(config.model, num_stages)):
+    layout = layout_of(config)
+    given = MicroBatch(layout.sequences, layout.length, ep=1)
+    for part in layout.parts(config.model, num_stages):
+        predicted = stage_activations(
+            config.model, storage_of(layout), given, part, padded_heads=True
+        )
         kept, waiting = bytes_of_stage(config, part)
         if part.head:
             # Layers are exact; of the losses a few numbers of each token are left out.
-            assert predicted[stage].kept == pytest.approx(kept, rel=1e-3)
-            assert predicted[stage].waiting == pytest.approx(waiting, rel=1e-3)
+            assert predicted.kept.total == pytest.approx(kept, rel=1e-3)
+            assert predicted.waiting.total == pytest.approx(waiting, rel=1e-3)
         else:
-            assert predicted[stage][:2] == (kept, waiting)
+            assert (predicted.kept.total, predicted.waiting.total) == (kept, waiting)
 
 
 def bytes_of_stage(config: Config, part: object) -> tuple[int, int]:
@@ -162,17 +172,6 @@ def bytes_of_stage(config: Config, part: object) -> tuple[int, int]:
     chunk.weight_grads.deferring = True
     with Alive() as alive:
         return step(chunk, alive)
-
-
-@pytest.mark.parametrize("name", ["gpipe", "1f1b", "zb-h1", "zbv", "dualpipe", "dualpipev"])
-def test_the_peak_is_the_simulations_where_that_can_tell(name: str) -> None:
-    schedule = build(name, ranks=4, microbatches=8)
-    sizes = [StageActivations(100 + i, 40 + i, 0) for i in range(schedule.num_stages)]
-    kept, waiting = ([float(size[i]) for size in sizes] for i in (0, 1))
-    simulated = memory_of(
-        simulate(schedule, Costs()), Memory(activations=tuple(kept), kept=tuple(waiting))
-    )
-    assert activation_peaks(schedule, sizes) == [rank.peak for rank in simulated]
 
 
 def test_deepseek_v3s_layout_fits_80_gb_with_micro_batches_of_2048_tokens() -> None:

@@ -17,12 +17,14 @@ import torch
 from counterflow.comm.waiting import WaitBoard
 from counterflow.launch.config import Config
 from counterflow.launch.engine import StepResult
-from counterflow.launch.flops import token_flops
 from counterflow.launch.telemetry import Telemetry, expert_load, over_ranks, peak_resident_bytes
 from counterflow.launch.telemetry_gpu import GpuMeter
+from counterflow.model.flops import token_flops
 from counterflow.parallel.mesh import Mesh, MeshShape
 from tests import cases_telemetry
 from tests.ranks import RankPool
+
+pytestmark = pytest.mark.alone
 
 CPU = torch.device("cpu")
 LOADS = {"model.layers.1.mlp.gate": [10, 30, 20, 20], "model.layers.2.mlp.gate": [20, 20, 20, 20]}

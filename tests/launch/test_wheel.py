@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("comm", "fp8", "launch", "model", "parallel")
+ROOMS = ("comm", "fp8", "launch", "model", "parallel", "predict")
 
 
 @pytest.fixture(scope="module")

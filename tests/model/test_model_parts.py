@@ -74,6 +74,32 @@ def test_v3_on_sixteen_stages_spares_the_last_one() -> None:
     assert sizes == [4] * 15 + [1]
 
 
+def test_a_given_cut_is_taken_as_it_is() -> None:
+    config = replace(SMALL, num_hidden_layers=6)
+    parts = partition(config, 3, (1, 4, 1))
+    assert [part.layers for part in parts] == [range(1), range(1, 5), range(5, 6)]
+    assert [(part.embed, part.head) for part in parts] == [
+        (True, False),
+        (False, False),
+        (False, True),
+    ]
+    sizes = [len(part.layers) for part in partition(config, 3)]
+    assert partition(config, 3, sizes) == partition(config, 3)
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ((3, 3), "2 stages, but there are 3"),
+        ((3, 0, 3), "stage 1 has 0"),
+        ((3, 3, 1), "7 layers in all, but the model has num_hidden_layers=6"),
+    ],
+)
+def test_a_cut_that_is_not_of_the_model_is_refused(layers: tuple[int, ...], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        partition(replace(SMALL, num_hidden_layers=6), 3, layers)
+
+
 @pytest.mark.parametrize(
     "part",
     [Part(range(1, 5), False, False), Part(range(1, 3), True, True), Part(range(2), True, True)],
