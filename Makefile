@@ -55,6 +55,9 @@ bench: $(STAMP)
 	$(BIN)/python -m bench.checkpoint
 	$(BIN)/python -m bench.zero
 	$(BIN)/python -m bench.survival
+	$(BIN)/python -m bench.all_ranks
+	$(BIN)/python -m bench.search
+	$(BIN)/python -m bench.predict
 
 # A GPU machine brings its own torch, matched to its driver, and may have no network.
 gpu:

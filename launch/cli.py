@@ -13,13 +13,6 @@ from typing import TYPE_CHECKING, NoReturn
 
 from counterflow import __version__  # the root package is no room, so no relative import finds it
 
-from .convert_options import add_arguments as add_convert_arguments
-from .doctor_options import add_arguments as add_doctor_arguments
-from .plan_options import add_arguments as add_plan_arguments
-from .profile_options import add_arguments as add_profile_arguments
-from .simulate_options import add_arguments as add_simulate_arguments
-from .traffic_options import add_arguments as add_traffic_arguments
-
 if TYPE_CHECKING:
     from .config import Config
 
@@ -60,10 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}")
     except KeyboardInterrupt:
+        sys.stderr.write("counterflow: interrupted\n")
         return 130
 
 
 def _parser() -> _Parser:
+    # Here, where `main` answers an interrupt.
+    from .convert_options import add_arguments as add_convert_arguments
+    from .doctor_options import add_arguments as add_doctor_arguments
+    from .plan_options import add_arguments as add_plan_arguments
+    from .profile_options import add_arguments as add_profile_arguments
+    from .simulate_options import add_arguments as add_simulate_arguments
+    from .traffic_options import add_arguments as add_traffic_arguments
+
     parser = _Parser(
         prog="counterflow",
         description="Train DeepSeek-V3-style mixture-of-experts models, computation and "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -94,6 +94,21 @@ class Answer:
     searched: Searched | None = None
     saved: dict[str, int] = field(default_factory=dict[str, int])
     given: str = "the options"
+
+    @property
+    def layout(self) -> Layout:
+        """The predicted one, with the layers of its stages also where no one gave them."""
+        found = self.prediction
+        parts = found.layout.parts(found.model, found.result.plan.num_stages)
+        return replace(found.layout, layers=tuple(len(part.layers) for part in parts))
+
+    @property
+    def over_bytes(self) -> int:
+        """What the fullest rank lacks; 0 where all fits or a GPU's memory is not known."""
+        found = self.prediction
+        if not found.memory_bytes:
+            return 0
+        return max(0, found.memory[self.fullest].total - found.memory_bytes)
 
     @property
     def fullest(self) -> int:

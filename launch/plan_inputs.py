@@ -150,8 +150,10 @@ def _routing(text: str | None) -> Routing:
             raise ValueError(f"--routing {text}: {error}") from None
     if text in ("balanced", "even"):
         return Routing(text)
-    if Path(text).is_file():
+    if Path(text).exists():  # a folder is a run's
         return Routing.measured(text)
+    if not equals and (Path(text).suffix or Path(text).name != text):
+        raise ValueError(f"--routing {text}: there is no such file")
     near = difflib.get_close_matches(kind, _KINDS, n=1)
     meant = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(

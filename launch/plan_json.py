@@ -24,7 +24,7 @@ def to_json(answer: Answer) -> Json:
         "cluster": _cluster(found.cluster),
         "calibration": answer.calibration,
         "layout_from": answer.given,
-        "layout": asdict(found.layout),
+        "layout": asdict(answer.layout),
         "world_size": found.layout.world_size,
         "tokens_per_step": found.layout.tokens_per_step,
         "step_ms": found.step_ms,

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .outputs import Output, check_outputs
+from .plan_sizes import BATCH, GPUS, SEQUENCES_A_GPU, batch_of, check_mesh, known_gpus
 
 if TYPE_CHECKING:
+    from ..predict.cluster import Cluster
     from ..predict.layout import Layout
 
-GPUS = 2048  # where nothing says how many, as DeepSeek-V3 had
-# Sequences of a step for each GPU: DeepSeek-V3's 15,360 on 2,048; and where that is not whole.
-SEQUENCES_A_GPU, OTHERWISE = 7.5, 8
 TOML_HEADER = "# Written by `counterflow plan`"
 _TOP = 10
 _SUFFIXES = {"--html": (".html",), "--toml": (".toml",), "--simulated": (".json",)}
@@ -52,13 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", metavar="config.json", help="the model (DeepSeek-V3)")
     add("--cluster", metavar="NAME|FILE.toml", help="h800, h100, h200 or a file (h800)")
-    add("--gpus", metavar="N", help=f"how many of them (pp x dp, or {GPUS})")
+    add("--gpus", metavar="N", help=f"how many (pp x dp, or the cluster's, or {GPUS})")
     add("--config", metavar="run.toml", help="predict this run of `counterflow train`, as it is")
     add("--trace", metavar="TRACE", help="take times of phases from a trace of overlapped pairs")
     add("--trace-config", metavar="run.toml", help="of the run that recorded it (DeepSeek-V3's)")
     add("--measured", metavar="FILE.json", help="take speeds from `doctor --measure`")
-    a_gpu = f"{SEQUENCES_A_GPU} a GPU; {OTHERWISE} where 16 do not divide these"
-    add("--batch", metavar="SEQUENCES", help=f"of a step ({a_gpu})")
+    usual = f"{SEQUENCES_A_GPU} a GPU; {BATCH} on {GPUS}"
+    add("--batch", metavar="SEQUENCES", help=f"of a step ({usual})")
     add("--length", metavar="TOKENS", help="of a sequence (4096)")
     add("--routing", metavar="HOW", help="balanced, even, skewed=S, or a file of loads")
     add("--jitter", metavar="SHARE", help="by which times of phases vary, such as 0.02")
@@ -68,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top", metavar="N", help=f"layouts shown ({_TOP})")
     add("--json", action="store_true", help="print one JSON object")
     add("--html", metavar="FILE", help="write a page: .html")
-    add("--toml", metavar="FILE", help="write what `counterflow train` runs: .toml")
+    add("--toml", metavar="FILE", help="write what `counterflow train` runs: .toml, new")
     add("--simulated", metavar="FILE", help="write the step, for `profile --against`: .json")
     fixed = parser.add_argument_group("the layout", "what is given here is not searched")
     fixed.add_argument("--schedule", metavar="NAME", help="of the pipeline")
@@ -88,11 +87,11 @@ class PlanOptions:
     Attributes:
         model: a config.json; None: DeepSeek-V3.
         cluster: name of a preset, or a file; None: the measured machine, or h800.
-        gpus: how many; 0 with `config`, whose mesh says it.
+        gpus: how many; None: not told, or told by the mesh of `config`.
         config: the run that is predicted, or None.
         trace, measured: what speeds are taken from; both None: the data sheet.
         trace_config: of the run that recorded the trace; None: DeepSeek's published one.
-        batch: sequences of a step; 0 with `config`.
+        batch: sequences of a step; None: not told, or told by `config`.
         length: tokens of a sequence.
         routing: as the user wrote it; None: the default.
         jitter: share by which times vary; None: the default.
@@ -107,12 +106,12 @@ class PlanOptions:
 
     model: Path | None
     cluster: str | None
-    gpus: int
+    gpus: int | None
     config: Path | None
     trace: Path | None
     trace_config: Path | None
     measured: Path | None
-    batch: int
+    batch: int | None
     length: int
     routing: str | None
     jitter: float | None
@@ -124,8 +123,42 @@ class PlanOptions:
     json: bool
     outputs: tuple[Output, ...]
 
-    def given_layout(self) -> Layout:
-        """The layout that the options alone give, with the defaults for the rest.
+    def on(self, cluster: Cluster) -> Sized:
+        """What is asked for on a cluster, by which the defaults are decided.
+
+        Raises:
+            ValueError: the cluster has not as many GPUs, or what is given does not fit them.
+        """
+        gpus = known_gpus(self.gpus, self.fixed) or cluster.num_gpus or GPUS
+        try:
+            cluster.check_gpus(gpus)
+        except ValueError as error:
+            raise ValueError(f"--gpus: {error}") from None
+        check_mesh(gpus, self.fixed)
+        # Only a GPU has SMs that could be kept for communication.
+        keeps = {} if cluster.gpu.num_sms else {"comm_sms": None}
+        fixed = {**keeps, **self.fixed}
+        return Sized(gpus, batch_of(self.batch, gpus, fixed), self.length, fixed)
+
+
+@dataclass(frozen=True)
+class Sized:
+    """What is asked for of a layout, once the cluster is known.
+
+    Attributes:
+        gpus: how many.
+        batch: sequences of a step.
+        length: tokens of a sequence.
+        fixed: fields of the layout that are given.
+    """
+
+    gpus: int
+    batch: int
+    length: int
+    fixed: Mapping[str, Any]
+
+    def layout(self) -> Layout:
+        """The layout, with the defaults for the rest.
 
         Raises:
             ValueError: pp or ep is not given, or the batch does not divide.
@@ -156,6 +189,7 @@ def read_options(parsed: argparse.Namespace) -> PlanOptions:
     outputs = _outputs(parsed)
     check_outputs(outputs, _inputs(parsed))
     _check_toml(parsed.toml)
+    _check_writable(outputs)
     if parsed.trace is not None and parsed.measured is not None:
         raise ValueError("--trace and --measured: speeds are taken from one of them")
     if parsed.trace_config is not None and parsed.trace is None:
@@ -163,7 +197,12 @@ def read_options(parsed: argparse.Namespace) -> PlanOptions:
     fixed = _fixed(parsed)
     if parsed.config is not None:
         _check_config_alone(parsed, fixed)
-    gpus = 0 if parsed.config is not None else _gpus(parsed.gpus, fixed)
+    gpus = None if parsed.gpus is None else _whole("--gpus", parsed.gpus, 1)
+    batch = None if parsed.batch is None else _whole("--batch", parsed.batch, 1)
+    known = known_gpus(gpus, fixed)
+    if known is not None:  # what the cluster does not decide is told before it is read
+        check_mesh(known, fixed)
+        batch_of(batch, known, fixed)
     return PlanOptions(
         model=_path("--model", parsed.model),
         cluster=_text("--cluster", parsed.cluster),
@@ -172,7 +211,7 @@ def read_options(parsed: argparse.Namespace) -> PlanOptions:
         trace=_path("--trace", parsed.trace),
         trace_config=_path("--trace-config", parsed.trace_config),
         measured=_path("--measured", parsed.measured),
-        batch=0 if parsed.config is not None else _batch(parsed.batch, gpus, fixed),
+        batch=batch,
         length=4096 if parsed.length is None else _whole("--length", parsed.length, 1),
         routing=_text("--routing", parsed.routing),
         jitter=None if parsed.jitter is None else _share("--jitter", parsed.jitter),
@@ -207,15 +246,27 @@ def _inputs(parsed: argparse.Namespace) -> dict[str, Path]:
 
 
 def _check_toml(path: str | None) -> None:
-    """Raise ValueError where a file is there that a person wrote: it may have taken long."""
-    if path is None or not Path(path).exists():
-        return
-    with Path(path).open(encoding="utf-8", errors="replace") as file:
-        if not file.readline().startswith(TOML_HEADER):
+    """Raise ValueError where a file is there already: whoever has edited it must not lose it."""
+    if path is not None and Path(path).exists():
+        raise ValueError(
+            f"--toml {path}: is there already, and a run's file is not written over; name another "
+            "one, or remove it"
+        )
+
+
+def _check_writable(outputs: list[Output]) -> None:
+    """Raise ValueError where no file can be made, whatever a folder's permissions say."""
+    from tempfile import TemporaryFile
+
+    for output in outputs:
+        folder = output.path.resolve().parent
+        try:
+            TemporaryFile(dir=folder).close()
+        except OSError as error:
             raise ValueError(
-                f"--toml {path}: is there already and was not written by this command; name "
-                "another file, or remove it"
-            )
+                f"{output.flag} {output.path}: no file can be made in {folder} "
+                f"({error.strerror or error}); name one in another folder"
+            ) from None
 
 
 def _fixed(parsed: argparse.Namespace) -> dict[str, Any]:
@@ -256,46 +307,6 @@ def _check_config_alone(parsed: argparse.Namespace, fixed: Mapping[str, Any]) ->
             f"{flags[0]} and --config: the file says already what runs; change it there, or leave "
             "out --config"
         )
-
-
-def _gpus(text: str | None, fixed: Mapping[str, Any]) -> int:
-    """How many GPUs; what is given of pp, dp and ep has to fit."""
-    pp, dp, ep = (fixed.get(name) for name in ("pp", "dp", "ep"))
-    if text is not None:
-        gpus = _whole("--gpus", text, 1)
-    else:
-        gpus = pp * dp if pp is not None and dp is not None else GPUS
-    if pp is not None and dp is not None and pp * dp != gpus:
-        raise ValueError(f"--pp {pp} x --dp {dp} are {pp * dp} GPUs, but --gpus is {gpus}")
-    for flag, number in (("--pp", pp), ("--dp", dp)):
-        if number is not None and gpus % number:
-            raise ValueError(f"{flag} {number} does not divide --gpus {gpus}")
-    copies = dp if dp is not None else gpus // pp if pp is not None else gpus
-    if ep is not None and copies % ep:
-        what = f"the {copies} data-parallel ranks" if copies != gpus else f"--gpus {gpus}"
-        raise ValueError(f"--ep {ep} does not divide {what}")
-    return gpus
-
-
-def _batch(text: str | None, gpus: int, fixed: Mapping[str, Any]) -> int:
-    """Sequences of a step; what is given of dp, micro-batches and sequences has to fit."""
-    pp, microbatches = fixed.get("pp"), fixed.get("microbatches")
-    dp = fixed.get("dp", gpus // pp if pp else None)
-    sequences = fixed.get("sequences")
-    if text is None:
-        if microbatches and dp:
-            return dp * microbatches * (sequences or 1)
-        return round(SEQUENCES_A_GPU * gpus) if gpus % 16 == 0 else OTHERWISE * gpus
-    batch = _whole("--batch", text, 1)
-    if dp and microbatches and sequences and dp * microbatches * sequences != batch:
-        raise ValueError(
-            f"{dp} data-parallel ranks x --microbatches {microbatches} x --sequences {sequences} "
-            f"are {dp * microbatches * sequences} sequences, but --batch is {batch}"
-        )
-    unit = (dp or 1) * (microbatches or 1) * (sequences or 1)
-    if batch % unit:
-        raise ValueError(f"--batch {batch} is no multiple of {unit}, which the layout needs")
-    return batch
 
 
 def _whole(flag: str, text: str, least: int) -> int:

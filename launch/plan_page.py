@@ -10,7 +10,16 @@ from ..parallel.simulate.draw.page import page
 from ..predict.prediction import Prediction, RankTime
 from .plan_answer import Answer, Searched
 from .plan_charts import categories, key, stacked, times, waterfall
-from .plan_words import SEARCH_CELLS, fits, gib, headline, layout_words, ms, percent
+from .plan_words import (
+    fits,
+    gib,
+    headline,
+    layout_words,
+    ms,
+    on_host,
+    percent,
+    search_cells,
+)
 
 _STYLE = """
 :root { --paper: #fefffe; --ink: #1d2129; --faint: #646b78; --grid: #dfe2e8; --limit: #c8102e;
@@ -130,7 +139,12 @@ def _memory(answer: Answer) -> str:
     found = answer.prediction
     names = categories(found.memory)
     rows = [
-        [str(rank), *(gib(of.parts[name]) for name in names), gib(of.total), gib(of.host)]
+        [
+            str(rank),
+            *(gib(of.parts[name]) for name in names),
+            gib(of.total),
+            *map(gib, on_host(of).values()),
+        ]
         for rank, of in enumerate(found.memory)
     ]
     saved = ""
@@ -138,7 +152,7 @@ def _memory(answer: Answer) -> str:
         told = [[name, gib(of)] for name, of in answer.saved.items()]
         head = ["what saves", f"GiB on rank {answer.fullest}"]
         saved = _table(head, told, words=(0,))
-    table = _table(["rank", *names, "total", "in the host's"], rows)
+    table = _table(["rank", *names, "total", *on_host(found.memory[0])], rows)
     return _section(
         "Memory",
         key(names),
@@ -160,16 +174,18 @@ def _schedule(found: Prediction) -> str:
 
 
 def _layout(answer: Answer) -> str:
-    rows = [[name, value] for name, value in layout_words(answer.prediction.layout)]
+    rows = [[name, value] for name, value in layout_words(answer.layout)]
     return _section("The layout", _table(["key", "value"], rows, words=(0, 1)))
 
 
 def _search(searched: Searched) -> str:
-    rows = [[cell(of) for cell in SEARCH_CELLS.values()] for of in searched.best]
+    cells, alike = search_cells(searched.best)
+    rows = [[cell(of) for cell in cells.values()] for of in searched.best]
     cannot = [[of.constraint, f"{of.count:,}", of.example] for of in searched.refused]
     return _section(
         searched.words[0].upper() + searched.words[1:],
-        _table(list(SEARCH_CELLS), rows),
+        _table(list(cells), rows),
+        f"<p>In all of them: {escape(alike)}.</p>" if alike else "",
         "<h2>What cannot run</h2>" if cannot else "",
         _table(["constraint", "layouts", "such as"], cannot, words=(0, 2)) if cannot else "",
     )

@@ -7,10 +7,9 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from .plan_answer import Candidate, Refused, Searched
-from .plan_options import PlanOptions
+from .plan_options import Sized
 
 if TYPE_CHECKING:
-    from ..predict.cluster import Cluster
     from ..predict.space import Space
     from .plan_inputs import Inputs
 
@@ -20,8 +19,8 @@ _ALIKE = ("deep_ep", "two_hop")  # dispatchers tried for a payload that is given
 _GIVEN = ("dtype", "moments", "ema", "overlap", "layers")
 
 
-def find_best(options: PlanOptions, inputs: Inputs, tell: Callable[[str], None]) -> Searched:
-    """The best layouts, and why others cannot run.
+def find_best(asked: Sized, inputs: Inputs, top: int, tell: Callable[[str], None]) -> Searched:
+    """The `top` best layouts, and why others cannot run.
 
     Raises:
         ValueError: none can, or numbers that cannot be.
@@ -32,12 +31,12 @@ def find_best(options: PlanOptions, inputs: Inputs, tell: Callable[[str], None])
         inputs.model,
         inputs.cluster,
         inputs.calibration,
-        gpus=options.gpus,
-        batch_sequences=options.batch,
-        length=options.length,
-        space=space_of(options, inputs.cluster),
+        gpus=asked.gpus,
+        batch_sequences=asked.batch,
+        length=asked.length,
+        space=space_of(asked),
         routing=inputs.routing,
-        keep=options.top,
+        keep=top,
         progress=lambda done, total: tell(f"{done:,} of {total:,} layouts"),
     )
     refused = tuple(
@@ -47,7 +46,7 @@ def find_best(options: PlanOptions, inputs: Inputs, tell: Callable[[str], None])
     if not found.best:
         why = ". ".join(f"{of.count:,} break {of.constraint}: {of.example}" for of in refused)
         raise ValueError(
-            f"no layout of {options.gpus:,} GPUs and {options.batch:,} sequences can run. {why}"
+            f"no layout of {asked.gpus:,} GPUs and {asked.batch:,} sequences can run. {why}"
         )
     best = tuple(
         Candidate(
@@ -64,7 +63,7 @@ def find_best(options: PlanOptions, inputs: Inputs, tell: Callable[[str], None])
     )
 
 
-def space_of(options: PlanOptions, cluster: Cluster) -> Space:
+def space_of(asked: Sized) -> Space:
     """What is searched: all that the options do not fix.
 
     Raises:
@@ -73,33 +72,31 @@ def space_of(options: PlanOptions, cluster: Cluster) -> Space:
     from ..predict.layout import Layout
     from ..predict.space import Space
 
-    fixed = options.fixed
+    fixed = asked.fixed
     space: dict[str, Any] = {}
     for name in ("pp", "ep", "sequences", "fp8", "zero", "stages_per_rank", "comm_sms"):
         if name in fixed:
             space[name] = (fixed[name],)
     if "dp" in fixed:
-        space["pp"] = (options.gpus // fixed["dp"],)
+        space["pp"] = (asked.gpus // fixed["dp"],)
     if "microbatches" in fixed:
         if "pp" not in space:
             raise ValueError(
                 "--microbatches needs --pp or --dp: over how many ranks a step's sequences go"
             )
-        dp = options.gpus // space["pp"][0]
-        space["sequences"] = (_sequences(options, dp, fixed["microbatches"]),)
+        dp = asked.gpus // space["pp"][0]
+        space["sequences"] = (_sequences(asked, dp, fixed["microbatches"]),)
     if "schedule" in fixed:
         space["schedules"] = (fixed["schedule"],)
     space |= _recompute(fixed) | _exchanges(fixed)
-    if not cluster.gpu.num_sms:
-        space.setdefault("comm_sms", (None,))
     return Space(base=Layout(**{name: fixed[name] for name in _GIVEN if name in fixed}), **space)
 
 
-def _sequences(options: PlanOptions, dp: int, microbatches: int) -> int:
-    each, rest = divmod(options.batch, dp * microbatches)
+def _sequences(asked: Sized, dp: int, microbatches: int) -> int:
+    each, rest = divmod(asked.batch, dp * microbatches)
     if rest or not each:
         raise ValueError(
-            f"--batch {options.batch} is no multiple of the {dp * microbatches} micro-batches that "
+            f"--batch {asked.batch} is no multiple of the {dp * microbatches} micro-batches that "
             f"{dp} data-parallel ranks have"
         )
     return each

@@ -10,12 +10,24 @@ from collections.abc import Iterable, Sequence
 from ..predict.prediction import Prediction, RankTime
 from .outputs import Output
 from .plan_answer import Answer, Candidate, Searched
-from .plan_words import SEARCH_CELLS, fits, gib, headline, layout_words, ms, percent
+from .plan_words import (
+    Cells,
+    does_not_fit,
+    fits,
+    gib,
+    headline,
+    layout_words,
+    ms,
+    on_host,
+    percent,
+    search_cells,
+)
 from .tables import Table, print_table, widest_that_fits
 
 _KINDS = {"source": "from", "assumed": "assumed", "extrapolated": "extrapolated"}
-# Columns of the search's table that go, one after the other, where there is too little room.
-_FIRST_TO_GO = ("GPU hours", "MFU", "ZeRO", "fp8", "made again", "dispatch")
+_BETWEEN = 2  # spaces between columns
+# Columns of the search's table that follow from others, in the order in which they make room.
+_FIRST_TO_GO = ("GPU hours", "MFU", "dp")
 
 
 def print_answer(answer: Answer) -> None:
@@ -35,10 +47,11 @@ def print_answer(answer: Answer) -> None:
     _fill(f"What limits it: {found.limit}")
 
 
-def print_written(outputs: Iterable[Output]) -> None:
-    """Say what was written."""
+def print_written(answer: Answer, outputs: Iterable[Output]) -> None:
+    """Say what was written, and of a run's file whether that run lacks memory."""
     for output in outputs:
-        print(f"wrote {output.path}")
+        lacks = answer.over_bytes if output.flag == "--toml" else 0
+        _fill(f"wrote {output.path}" + (f"; {does_not_fit(answer)}" if lacks else ""))
 
 
 def _fill(text: str, indent: str = "  ") -> None:
@@ -69,7 +82,7 @@ def _print_layout(answer: Answer) -> None:
         f"{answer.model} on {layout.world_size:,} x {cluster.gpu.name} ({cluster.name}), speeds "
         f"from {answer.calibration}; layout from {answer.given}"
     )
-    parts = [f"{name} {value}" for name, value in layout_words(layout)]
+    parts = [f"{name} {value}" for name, value in layout_words(answer.layout)]
     _fill(f"layout: {'; '.join(parts)}")
 
 
@@ -101,11 +114,16 @@ def _print_memory(answer: Answer) -> None:
         over = found.memory_bytes and memory.total > found.memory_bytes
         column = [*(gib(memory.parts[name]) for name in names), gib(memory.total)]
         column[-1] += "!" if over else ""
-        alike[*column, gib(memory.host)].append(rank)
+        alike[*column, *map(gib, on_host(memory).values())].append(rank)
+    host = list(on_host(found.memory[0]))
     head = ["rank", *map(_ranks, alike.values())]
-    rows = zip([*names, "total", "in the host's memory"], *alike, strict=True)
+    rows = [
+        [name, *cells]
+        for name, *cells in zip([*names, "total", *host], *alike, strict=True)
+        if name not in host or set(cells) != {"0"}
+    ]
     most = f"; a GPU has {gib(found.memory_bytes)}" if found.memory_bytes else ""
-    print_table(f"memory of each pipeline rank, GiB{most}", head, list(rows), names=1)
+    _print_blocks(f"memory of each pipeline rank, GiB{most}", head, rows)
     if answer.saved:
         saved = ", ".join(f"{name} {gib(of)}" for name, of in answer.saved.items())
         _fill(f"saved on rank {answer.fullest}, GiB: {saved}")
@@ -123,15 +141,49 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def _print_search(searched: Searched) -> None:
-    head, body = widest_that_fits(
-        [_search_table(searched.best, _FIRST_TO_GO[:n]) for n in range(len(_FIRST_TO_GO) + 1)]
-    )
-    print_table(searched.words, head, body)
+    cells, alike = search_cells(searched.best)
+    tables = [
+        _search_table(searched.best, cells, _FIRST_TO_GO[:n]) for n in range(len(_FIRST_TO_GO) + 1)
+    ]
+    _print_blocks(searched.words, *widest_that_fits(tables))
+    if alike:
+        _fill(f"in all of them: {alike}")
     for of in searched.refused:
         _fill(f"  {of.count:,} cannot run: {of.constraint}, such as {of.example}", "    ")
     print()
 
 
-def _search_table(best: Sequence[Candidate], left_out: Sequence[str]) -> Table:
-    shown = {name: cell for name, cell in SEARCH_CELLS.items() if name not in left_out}
-    return list(shown), [[cell(candidate) for cell in shown.values()] for candidate in best]
+def _search_table(best: Sequence[Candidate], cells: Cells, left_out: Sequence[str]) -> Table:
+    shown = {name: cell for name, cell in cells.items() if name not in left_out}
+    body = [
+        [f"{place}.", *(cell(of) for cell in shown.values())] for place, of in enumerate(best, 1)
+    ]
+    return ["", *shown], body
+
+
+def _print_blocks(title: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> None:
+    """A table whose first column has names, in as many as the terminal's width makes of it."""
+    for place, (names, rows) in enumerate(blocks(head, body, shutil.get_terminal_size().columns)):
+        print_table(title if not place else "and", names, rows, names=1)
+
+
+def blocks(head: Sequence[str], body: Sequence[Sequence[str]], columns: int) -> list[Table]:
+    """A table's columns in tables that are no wider than `columns`, the first column in each.
+
+    One column beside the first is in each of them, however wide it is.
+    """
+    widths = [max(map(len, cells)) + _BETWEEN for cells in zip(head, *body, strict=True)]
+    groups: list[list[int]] = [[]]
+    for place, width in enumerate(widths[1:], 1):
+        taken = widths[0] + sum(widths[other] for other in groups[-1])
+        # No spaces are needed after the last column.
+        if groups[-1] and taken + width - _BETWEEN > columns:
+            groups.append([])
+        groups[-1].append(place)
+    return [
+        (
+            [head[0], *(head[place] for place in group)],
+            [[row[0], *(row[place] for place in group)] for row in body],
+        )
+        for group in groups
+    ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from .plan_answer import GIB, Answer, Candidate
 
 if TYPE_CHECKING:
     from ..predict.layout import Layout
-    from ..predict.prediction import Note, Prediction
+    from ..predict.prediction import Note, Prediction, RankMemory
 
 EXTRAPOLATED = "extrapolated"
 
@@ -68,6 +69,15 @@ def fits(answer: Answer) -> str:
     )
 
 
+def does_not_fit(answer: Answer) -> str:
+    """What its fullest rank lacks, where it lacks memory."""
+    found = answer.prediction
+    return (
+        f"this layout does not fit in memory: rank {answer.fullest} needs "
+        f"{gib(answer.over_bytes)} GiB more than the {gib(found.memory_bytes)} GiB of a GPU"
+    )
+
+
 def layout_words(layout: Layout) -> list[tuple[str, str]]:
     """The keys of a layout that matter, as texts."""
     return list(_layout(layout))
@@ -79,7 +89,7 @@ def _layout(layout: Layout) -> Iterator[tuple[str, str]]:
     yield "schedule", layout.schedule + _of_rank(layout)
     yield "micro-batches", f"{layout.microbatches} of {layout.sequences} x {layout.length}"
     if layout.layers is not None:
-        yield "layers of the stages", " ".join(map(str, layout.layers))
+        yield "layers of the stages", runs(layout.layers)
     yield "format", _format(layout)
     yield "dispatch", dispatch(layout)
     yield "made again", made_again(layout)
@@ -89,6 +99,20 @@ def _layout(layout: Layout) -> Iterator[tuple[str, str]]:
         + (", average on the host" if layout.ema else ""),
     )
     yield "overlap", "on" if layout.overlap else "off"
+
+
+def runs(layers: Sequence[int]) -> str:
+    """Layers of stages, those in a row with as many together, such as 3, 14x4, 2."""
+    alike = [(count, len(list(same))) for count, same in groupby(layers)]
+    return ", ".join(f"{times}x{count}" if times > 1 else str(count) for count, times in alike)
+
+
+def on_host(memory: RankMemory) -> dict[str, int]:
+    """What a rank has in the host's memory, bytes, by what it is."""
+    return {
+        "host: moving average": memory.host - memory.staging,
+        "host: checkpoint's copy": memory.staging,
+    }
 
 
 def _of_rank(layout: Layout) -> str:
@@ -130,19 +154,44 @@ def _short_again(layout: Layout) -> str:
     return " ".join(name for name, on in (("norms", norms), ("up", up)) if on) or "-"
 
 
-# The table of a search: what stands in each column.
-SEARCH_CELLS: dict[str, Callable[[Candidate], str]] = {
+def _layers(layout: Layout) -> str:
+    return "-" if layout.layers is None else runs(layout.layers)
+
+
+Cells = dict[str, Callable[["Candidate"], str]]
+
+_MESH: Cells = {
     "pp": lambda c: str(c.layout.pp),
     "dp": lambda c: str(c.layout.dp),
     "ep": lambda c: str(c.layout.ep),
     "schedule": lambda c: _schedule(c.layout),
     "micro-batches": lambda c: f"{c.layout.microbatches} x {c.layout.sequences}",
-    "fp8": lambda c: "on" if c.layout.fp8 else "off",
+}
+_CHOSEN: Cells = {
+    "FP8": lambda c: "on" if c.layout.fp8 else "off",
     "dispatch": lambda c: _short_dispatch(c.layout),
     "made again": lambda c: _short_again(c.layout),
     "ZeRO": lambda c: str(c.layout.zero),
+    "moments": lambda c: c.layout.moments,
+}
+_LAYERS: Cells = {"layers": lambda c: _layers(c.layout)}
+_NUMBERS: Cells = {
     "GiB": lambda c: gib(c.memory_bytes),
     "MFU": lambda c: "-" if c.mfu is None else f"{c.mfu:.1%}",
     "GPU hours": lambda c: f"{c.gpu_hours:,.0f}",
     "step, ms": lambda c: ms(c.step_ms),
 }
+
+
+def search_cells(best: Sequence[Candidate]) -> tuple[Cells, str]:
+    """What stands in each column of a search's table, and what is the same in all rows.
+
+    What is chosen has a column where the rows differ in it. Layers of stages have one where rows
+    would look the same without.
+    """
+    differ = {name: cell for name, cell in _CHOSEN.items() if len({cell(c) for c in best}) > 1}
+    alike = [f"{name} {cell(best[0])}" for name, cell in _CHOSEN.items() if name not in differ]
+    shown = {**_MESH, **differ}
+    by_layers = len({tuple(cell(c) for cell in shown.values()) for c in best}) < len(best)
+    layers = _LAYERS if by_layers else {}
+    return {**shown, **layers, **_NUMBERS}, "; ".join(alike)

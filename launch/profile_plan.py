@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
+
+from .profile_folders import FOLDER
 
 if TYPE_CHECKING:
     from ..comm.profile.comparison import Comparison
@@ -28,13 +31,16 @@ class Ran(NamedTuple):
         folder: of the run.
         step_ms: median of its steps, but for the first ones where there are more.
         steps: of which that is.
-        memory_bytes: the most that any rank held; None where it is not told.
+        memory_bytes: the most that any rank held, before the first recorded step where a step came
+            before it; None where it is not told.
+        recorder_counts: whether `memory_bytes` may have the profiler's own memory in it.
     """
 
     folder: Path
     step_ms: float
     steps: int
     memory_bytes: float | None
+    recorder_counts: bool = False
 
 
 class Compared(NamedTuple):
@@ -109,6 +115,11 @@ def check_plan(
     if ran.memory_bytes is not None:
         held = max(planned.memory_bytes)
         numbers.append(Compared("fullest rank", "GiB", held / _GIB, ran.memory_bytes / _GIB))
+        if ran.recorder_counts:
+            missing.append(
+                "the fullest rank's memory has the profiler's own in it: no step ran before the "
+                "recorded ones; record later ones, such as --profile 5"
+            )
     else:
         missing.append(f"{ran.folder / _METRICS} does not tell the memory of all ranks")
     return PlanCheck(tuple(numbers), tuple(missing))
@@ -129,9 +140,35 @@ def find_run(traces: Iterable[Path]) -> Ran | None:
     if not times:
         return None
     later = times[_FIRST:] or times
-    held = _numbers(lines, "memory_gib_max") or _numbers(lines, "memory_gib")
-    most = max(held) * _GIB if held else None
-    return Ran(folder, median(later) * _MS, len(later), most)
+    # What the metrics tell are peaks since the run began: from the first recorded step on, with
+    # what the profiler keeps.
+    first = _first_recorded(folder)
+    before = [line for line in lines if first is None or _is_before(line, first)]
+    held = _held(before) or _held(lines)
+    return Ran(
+        folder,
+        median(later) * _MS,
+        len(later),
+        max(held) * _GIB if held else None,
+        recorder_counts=bool(held) and not _held(before),
+    )
+
+
+def _held(lines: list[dict[str, object]]) -> list[float]:
+    """Peaks of memory, GiB."""
+    return _numbers(lines, "memory_gib_max") or _numbers(lines, "memory_gib")
+
+
+def _is_before(line: dict[str, object], first: int) -> bool:
+    step = line.get("step")
+    return isinstance(step, int) and step < first
+
+
+def _first_recorded(folder: Path) -> int | None:
+    """The first step that a run recorded, by the names of its traces' folders."""
+    names = (each.name for each in (folder / FOLDER).glob("step*"))
+    steps = [int(found[1]) for name in names if (found := re.match(r"steps?(\d+)", name))]
+    return min(steps, default=None)
 
 
 def _numbers(lines: Iterable[dict[str, object]], key: str) -> list[float]:

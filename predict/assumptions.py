@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Protocol
 
 from ..model import ModelConfig
+from ..parallel.schedule.clock import row_ends
+from ..parallel.simulate import Result
 from .calibration import Calibration, Reference
 from .cluster import Cluster
 from .exchange import exchange
-from .layout import Layout
+from .layout import Kind, Layout
 from .prediction import Note
+from .routing import Routing
+from .times import COMPUTES, layer_times
 
 # A reference says little of a layer that is so many times smaller or larger.
 _FAR = 2.0
+_SPREAD = 0.3
+_SOME_GAPS = 1.0005
+_SHORT_MS = 0.1  # about ten kernels, a few microseconds each to launch
 _SOURCES = {
     "trace": "times of phases: the trace {name}, of {layers} layers with experts",
     "measured": "times of phases: measured ({name})",
@@ -23,24 +31,36 @@ _SOURCES = {
 }
 
 
+class Predicts(Protocol):
+    """A quick prediction, of which one thing can be changed."""
+
+    def __call__(
+        self, *, calibration: Calibration = ..., routing: Routing | None = ...
+    ) -> Result: ...
+
+
 def notes(
     model: ModelConfig,
     cluster: Cluster,
     layout: Layout,
     calibration: Calibration,
-    step: Callable[[Cluster, Layout, Calibration], float],
+    routing: Routing | None,
+    quick: Predicts,
 ) -> tuple[Note, ...]:
     """What a reader must know.
 
     Args:
-        model, cluster, layout, calibration: of the prediction.
-        step: a quick prediction of the step, ms, to say what a change of an assumption does to it.
+        model, cluster, layout, calibration, routing: of the prediction.
+        quick: predicts the step with one of these changed, to say how much that matters.
     """
     return (
         Note("source", _source(calibration)),
         Note("source", _exchange_source(model, cluster, layout)),
         *_extrapolated(model, cluster, layout, calibration),
-        *_assumed(cluster, layout, calibration, step),
+        *(
+            Note("assumed", text)
+            for text in _Assumed(cluster, layout, calibration, routing, quick).all()
+        ),
     )
 
 
@@ -72,6 +92,15 @@ def _extrapolated(
             f"all-to-all among ep={layout.ep} ranks with {layout.tokens} tokens: the nearest that "
             f"was measured on {cluster.name} is far",
         )
+    if not calibration.references and cluster.gpu.num_sms:
+        times = layer_times(model, replace(layout, layers=None), cluster, calibration, "moe")
+        shortest = min(time for name, time in times.alone.items() if name in COMPUTES)
+        if shortest < _SHORT_MS:
+            yield Note(
+                "extrapolated",
+                f"phases of {shortest:.2g} ms are no longer than what their kernels take to be "
+                "launched, which a data sheet does not tell: a step takes longer",
+            )
     for reference in calibration.references:
         for what in _far(reference, model, cluster, layout):
             yield Note(
@@ -94,11 +123,15 @@ def _far(
             model.moe_intermediate_size,
             reference.model.moe_intermediate_size,
         ),
+        ("num_attention_heads", model.num_attention_heads, reference.model.num_attention_heads),
+        ("experts of a token", model.num_experts_per_tok, reference.model.num_experts_per_tok),
         ("expert-parallel ranks", layout.ep, there.ep),
     )
     for name, here, timed in pairs:
         if not 1 / _FAR <= here / timed <= _FAR:
             yield f"{name} {here}, timed with {timed}"
+    if layout.ep > 1 and (layout.dispatcher, layout.payload) != (there.dispatcher, there.payload):
+        yield f"{layout.dispatcher} with {layout.payload}, timed {there.dispatcher} {there.payload}"
     if layout.fp8 != there.fp8 or layout.dtype != there.dtype:
         yield f"{_formats(layout)}, timed in {_formats(there)}"
     if reference.cluster is not None and reference.cluster.gpu != cluster.gpu:
@@ -109,52 +142,92 @@ def _formats(layout: Layout) -> str:
     return f"FP8 and {layout.dtype}" if layout.fp8 else layout.dtype
 
 
-def _assumed(
-    cluster: Cluster,
-    layout: Layout,
-    calibration: Calibration,
-    step: Callable[[Cluster, Layout, Calibration], float],
-) -> Iterator[Note]:
-    base = step(cluster, layout, calibration)
+class _Assumed:
+    """What no source determines, each with what another value does to the step."""
 
-    def effect(*, of: Calibration | None = None, on: Cluster | None = None) -> str:
-        changed = step(on or cluster, layout, of or calibration)
-        return f"{(changed / base - 1) * 100:+.1f} %"
+    def __init__(
+        self,
+        cluster: Cluster,
+        layout: Layout,
+        calibration: Calibration,
+        routing: Routing | None,
+        quick: Predicts,
+    ) -> None:
+        self._cluster, self._layout, self._routing = cluster, layout, routing
+        self._calibration, self._quick = calibration, quick
+        self._base = quick()
 
-    timed = {reference.kind for reference in calibration.references}
-    if "head" not in timed:
-        low, high = calibration.matmul - 0.1, calibration.matmul + 0.1
-        of_what = "the output heads'" if timed else "all"
-        yield Note(
-            "assumed",
-            f"{of_what} products reach {calibration.matmul:.0%} of the peak, which nothing timed "
-            f"tells; with {low:.0%} the step is {effect(of=replace(calibration, matmul=low))}, "
-            f"with {high:.0%} {effect(of=replace(calibration, matmul=high))}",
+    def all(self) -> Iterator[str]:
+        timed: set[Kind] = {reference.kind for reference in self._calibration.references}
+        if not timed:
+            yield self._share("fp8_matmul", "products in FP8 reach", 0.1)
+            yield self._share("attention", "attention reaches", 0.1)
+        if "head" not in timed:
+            what = "the output heads' products reach" if timed else "other products reach"
+            yield self._share("matmul", what, 0.1)
+            yield self._share("memory", "traffic with the memory reaches", 0.1)
+        if self._layout.ep > 1:
+            yield from self._of_experts(timed)
+        if self._layout.world_size > 1:
+            yield self._reductions()
+        if self._layout.layers is None and self._layout.pp > 1:
+            yield (
+                "the model is cut into stages by the weights that tokens meet, as the trainer does "
+                "without schedule.layers"
+            )
+
+    def _of_experts(self, timed: set[Kind]) -> Iterator[str]:
+        calibration = self._calibration
+        if self._cluster.gpu.num_sms and not timed:
+            more = replace(calibration, contention=calibration.contention + 0.4)
+            yield (
+                f"dispatch and combine take {calibration.contention:g} times as long in a pair as "
+                f"alone; with {more.contention:g} the step is {self._effect(more)}"
+            )
+        if calibration.pair_gaps > _SOME_GAPS:
+            none = replace(calibration, pair_gaps=1.0)
+            yield (
+                f"what runs on two lanes takes {(calibration.pair_gaps - 1) * 100:.1f} % longer "
+                "than its phases, as pairs did that were timed (launches, waits for other ranks); "
+                f"without, the step is {self._effect(none)}"
+            )
+        elif calibration.source == "trace":
+            yield "the trace does not tell how much longer pairs take than their phases: nothing"
+        how = "balanced" if self._routing is None else self._routing.kind
+        skewed = Routing("skewed", spread=_SPREAD)
+        yield (
+            f"routing is {how}; with experts' popularity of a deviation of {_SPREAD:g} the step is "
+            f"{self._change(self._quick(routing=skewed))}"
         )
-        low = calibration.memory - 0.2
-        yield Note(
-            "assumed",
-            f"traffic with the memory reaches {calibration.memory:.0%} of its bandwidth; with "
-            f"{low:.0%} the step is {effect(of=replace(calibration, memory=low))}",
+
+    def _share(self, name: str, what: str, by: float) -> str:
+        """The effect of another share of a peak."""
+        share: float = getattr(self._calibration, name)
+
+        def at(other: float) -> str:
+            changed = replace(self._calibration, **{name: other})
+            return f"with {other:.0%} the step is {self._effect(changed)}"
+
+        return (
+            f"{what} {share:.0%} of the peak, which nothing timed tells; {at(share - by)}, "
+            f"{at(share + by)}"
         )
-    if calibration.pair_gaps > 1:
-        yield Note(
-            "assumed",
-            f"pairs take {(calibration.pair_gaps - 1) * 100:.1f} % longer than their phases on two "
-            "lanes, as the trace's did (launches, waits for other ranks); without, the step is "
-            + effect(of=replace(calibration, pair_gaps=1.0)),
+
+    def _reductions(self) -> str:
+        """What follows the rows is exposed here."""
+        result = self._base
+        update = max(
+            sum(f.end - f.start for f in finish if f.kind == "optimizer")
+            for finish in result.finish
         )
-    if layout.world_size > cluster.gpus_per_node:
-        links = replace(cluster.links, across_gbps=0.8 * cluster.links.across_gbps)
-        yield Note(
-            "assumed",
-            f"messages between stages and reductions reach {cluster.links.across_gbps:g} GB/s "
-            "across nodes and hide behind nothing; with 80 % of that the step is "
-            + effect(on=replace(cluster, links=links)),
+        after = result.makespan - max(row_ends(result.plan, result.ends)) - update
+        return (
+            "gradients are reduced and parameters gathered after the rows, nothing hides them; if "
+            f"all of it hid behind the pipeline the step would be {-after / result.makespan:+.1%}"
         )
-    if layout.layers is None and layout.pp > 1:
-        yield Note(
-            "assumed",
-            "the model is cut into stages by the weights that tokens meet, as the trainer does "
-            "without schedule.layers; a search looks for a better cut",
-        )
+
+    def _effect(self, calibration: Calibration) -> str:
+        return self._change(self._quick(calibration=calibration))
+
+    def _change(self, changed: Result) -> str:
+        return f"{changed.makespan / self._base.makespan - 1:+.1%}"

@@ -47,6 +47,8 @@ class Calibration:
         matmul, fp8_matmul, attention, memory: shares of the data sheet's peaks that are reached
             where no reference tells, 0 to 1; of products in FP8 less, as scales of tiles and sums
             in float32 take their time.
+        contention: how much longer dispatch and combine take in a pair than alone, where no
+            reference tells, on GPUs. In DeepSeek's published trace it is 1.25 to 1.8, by phase.
         pair_gaps: what a pair takes, over what its phases come to on two lanes: launches, and waits
             for other ranks; 1 or more.
         optimizer_gbps: bytes of states that the optimizer's update reads and writes a second, 1e9;
@@ -63,6 +65,7 @@ class Calibration:
     fp8_matmul: float = 0.5
     attention: float = 0.5
     memory: float = 0.8
+    contention: float = 1.4
     pair_gaps: float = 1.0
     optimizer_gbps: float | None = None
     overhead_ms: float = 0.0

@@ -23,7 +23,13 @@ from ..parallel.simulate.phases import (
 )
 from .calibration import Calibration
 from .cluster import Cluster
-from .exchange import message_bytes, message_ms, mirror_ms, reduce_ms, stage_parameters
+from .exchange import (
+    message_bytes,
+    message_transfer,
+    mirror_ms,
+    reduce_ms,
+    stage_parameters,
+)
 from .layout import Kind, Layout
 from .times import COMMUNICATES, LayerTimes, layer_times
 from .work import optimizer_bytes
@@ -85,12 +91,16 @@ def phases_of(
 ) -> tuple[PhaseSpan, ...]:
     """The phases of one step of a schedule, from its start.
 
-    F, I and W run one phase after the other; pairs and B on two lanes, if `overlap`.
+    F, I and W run one phase after the other; pairs and B on two lanes, if `overlap`. What a pair's
+    forward has more layers than its backward then runs alone; a backward's layers always have
+    weight gradients to run beside their communication.
     """
     if isinstance(step, Pair):
         forward, backward = stages[step.forward.stage], stages[step.backward.stage][::-1]
         if overlap:
-            return compose(order, _paired(forward), _paired(backward))
+            beside = min(len(forward), len(backward))
+            left = _alone(forward[beside:])
+            return compose(order, _paired(forward[:beside]) + left, _paired(backward))
         first = _one_by_one(FORWARD, _alone(forward), forward=True)
         return first + _later(_whole_backward(backward, order), duration(first))
     layers = stages[step.stage]
@@ -142,9 +152,8 @@ def step_costs(
 
     parts = layout.parts(model, len(stages))
     size = message_bytes(model, layout) if layout.pp > 1 else 0
-    taken = message_ms(model, layout, cluster) if size else 0.0
-    latency = cluster.links.across_us * 1e-3 if size else 0.0
-    carried = max(taken - latency, 1e-9)
+    message = message_transfer(model, layout, cluster)
+    latency = cluster.links.latency_ms(message.bound) if size else 0.0
     copies = max(len(schedule.placement.replicas(s)) for s in numbers)
     return Costs(
         F=alone(Op.F),
@@ -157,7 +166,7 @@ def step_costs(
         optimizer=[update_ms(model, layout, cluster, calibration, part) for part in parts],
         send=latency,
         message=size,
-        bandwidth=size / carried if size else math.inf,
+        bandwidth=size / (message.ms - latency) if size else math.inf,
         unit="ms",
     )
 

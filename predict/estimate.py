@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
+from itertools import accumulate, pairwise
 from math import inf
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..model import ModelConfig
 from ..model.stages import Part
-from ..parallel.schedule import Action, Op, Pair, Placement, Schedule, Times
-from ..parallel.schedule.clock import row_ends, run
+from ..parallel.schedule import Action, Op, Pair, Schedule
 from ..parallel.simulate import Costs
-from ..parallel.simulate.amounts import ByStage, by_stage
+from ..parallel.simulate.amounts import by_stage
 from ..parallel.simulate.phases import (
     BACKWARD,
     COMMUNICATION,
@@ -23,8 +27,10 @@ from ..parallel.simulate.phases import (
     lane_of,
 )
 from .calibration import Calibration
+from .clock_batch import BatchClock
 from .cluster import Cluster
 from .costs import Stages, kinds_of, phases_of, slowed, stage_times, step_costs, update_ms
+from .costs_batch import Chunk, ChunkTimes, table_of
 from .exchange import reduce_ms
 from .feasible import Reason, schedule_of, size_of, why_no_memory, why_no_schedule, why_no_states
 from .layout import Layout
@@ -32,13 +38,15 @@ from .partition import Cut, LayerCosts, best_cut, even_cut
 from .routing import Routing, expected_slowdown
 from .times import Kind, LayerTimes, layer_times
 
+Floats = NDArray[np.float64]
+
 
 class Estimator:
     """Step times of layouts of one model on one machine.
 
-    A step is simulated without a queue at the sending lanes: a message takes its time and the
-    latency, whatever else its rank sends. (`step.quick_step` has the queue, and takes ten times as
-    long.)
+    Layouts that share a schedule are simulated together (`clock_batch`), without a queue at the
+    sending lanes: a message takes its time and the latency, whatever else its rank sends.
+    `step.quick_step` simulates one layout, with the queue.
 
     Args:
         model: that is trained.
@@ -65,6 +73,11 @@ class Estimator:
         self._busy: dict[Layout, float] = {}
         self._part = Part.whole(model)
         self._whole = kinds_of(self._part, model)
+        self._chunks = _Chunks(model)
+        # Families of layouts come one after the other: what they share is kept, old ones are not.
+        self._table = lru_cache(maxsize=2048)(self._make_table)
+        self._besides = lru_cache(maxsize=512)(self._make_besides)
+        self._no_memory = lru_cache(maxsize=4096)(self._why_no_memory)
 
     def bound_ms(self, layout: Layout) -> float:
         """What no schedule can be faster than, whatever its cut.
@@ -91,25 +104,37 @@ class Estimator:
         after += update_ms(self.model, layout, self.cluster, self.calibration, self._part)
         return (layout.microbatches * self._busy[key] + after) / layout.pp
 
+    def why_no_states(self, layout: Layout) -> Reason | None:
+        """Whether a layout lacks memory whatever its schedule."""
+        return why_no_states(self.model, self.cluster, layout)
+
     def why_not(self, layout: Layout) -> Reason | None:
-        """What stands against a layout that can be placed, its memory left out as far as it
-        depends on the schedule."""
-        states = why_no_states(self.model, self.cluster, layout)
-        return states or why_no_schedule(self.model, layout)
+        """What stands against a layout that can be placed: its schedule, or memory by its cut."""
+        return why_no_schedule(self.model, layout) or self.why_no_memory(self.cut(layout))
 
     def why_no_memory(self, layout: Layout) -> Reason | None:
         """Whether a layout, with its cut, lacks memory."""
+        # How rows get to experts and which SMs move them takes none of it.
+        return self._no_memory(replace(layout, comm_sms=None, dispatcher="flat"))
+
+    def _why_no_memory(self, layout: Layout) -> Reason | None:
         return why_no_memory(self.model, self.cluster, layout)
 
     def cut(self, layout: Layout) -> Layout:
-        """The layout with an even cut, unless it has one; its schedule exists."""
+        """The layout with an even cut or the trainer's, unless it has one; its schedule exists.
+
+        Which of the two, the first layout of a number of ranks, kind of placement and use of FP8
+        decides by its step.
+        """
         if layout.layers is not None:
             return layout
         placement = _schedule(layout).placement
         key = (placement.routes, layout.pp, layout.fp8)
         if key not in self._cuts:
             costs = self._layer_costs(replace(self._typical, pp=layout.pp, fp8=layout.fp8))
-            self._cuts[key] = even_cut(costs, placement)
+            cuts = (even_cut(costs, placement), self._usual(layout))
+            steps = self.steps_ms([replace(layout, layers=cut) for cut in cuts])
+            self._cuts[key] = cuts[steps.index(min(steps))]
         return replace(layout, layers=self._cuts[key])
 
     def refined(self, layout: Layout) -> Layout:
@@ -121,31 +146,90 @@ class Estimator:
         if key not in self._refined:
             placement = _schedule(layout).placement
             costs = self._layer_costs(layout)
-            self._refined[key] = best_cut(costs, placement, lambda cut: self._fits(layout, cut))
-        cut = self._refined[key]
-        return min(
-            (layout, replace(layout, layers=cut)), key=lambda one: self._fits(one, one.layers)
-        )
+            starts = (even_cut(costs, placement), self._usual(layout))
+            self._refined[key] = best_cut(
+                costs, placement, lambda cuts: self._fits(layout, cuts), starts
+            )
+        own, best = layout.layers or self.cut(layout).layers, self._refined[key]
+        assert own is not None
+        before, after = self._fits(layout, (own, best))
+        return replace(layout, layers=best if after < before else own)
 
-    def _fits(self, layout: Layout, cut: Cut | None) -> float:
-        """A step by this cut; infinite where memory is lacking."""
-        made = replace(layout, layers=cut)
-        return inf if self.why_no_memory(made) else self.step_ms(made)
+    def _usual(self, layout: Layout) -> Cut:
+        """The trainer's cut."""
+        num_stages = _schedule(layout).num_stages
+        parts = replace(layout, layers=None).parts(self.model, num_stages)
+        return tuple(len(part.layers) for part in parts)
+
+    def _fits(self, layout: Layout, cuts: Sequence[Cut]) -> list[float]:
+        """A step by each of these cuts; infinite where memory is lacking."""
+        made = [replace(layout, layers=cut) for cut in cuts]
+        can = [one for one in made if self.why_no_memory(one) is None]
+        steps = dict(zip(can, self.steps_ms(can), strict=True)) if can else {}
+        return [steps.get(one, inf) for one in made]
 
     def step_ms(self, layout: Layout) -> float:
         """A step of a feasible layout."""
-        schedule = _schedule(layout)
-        parts = layout.parts(self.model, schedule.num_stages)
-        alike = _alike(layout)
-        stages = stage_times(self.model, alike, self.cluster, self.calibration, parts)
+        return self.steps_ms([layout])[0]
+
+    def steps_ms(self, layouts: Sequence[Layout]) -> list[float]:
+        """Steps of feasible layouts, one or more, which share a schedule and `overlap`."""
+        layouts = [self.cut(layout) for layout in layouts]
+        first = layouts[0]
+        assert all(size_of(one) == size_of(first) for one in layouts)
+        assert all(one.overlap == first.overlap for one in layouts)
+        schedule, clock = _schedule(first), _clock(*size_of(first))
+        times = ChunkTimes(
+            np.array([self._table(_alike(layout)) for layout in layouts]),
+            overlap=first.overlap,
+            overhead_ms=self.calibration.overhead_ms,
+        )
+        groups: dict[Layout, list[int]] = {}
+        for index, layout in enumerate(layouts):
+            groups.setdefault(_besides(layout), []).append(index)
+        durations = self._durations(clock, times, layouts)
+        besides = {key: self._besides(key, size_of(first)) for key in groups}
+        send = np.empty(len(layouts))
+        for key, members in groups.items():
+            costs = besides[key]
+            longest = max(by_stage("message", costs.message, schedule.num_stages))
+            send[members] = costs.send + longest / costs.bandwidth
+        ends = clock.row_ends(durations, send)
+        steps = np.empty(len(layouts))
+        for key, members in groups.items():
+            steps[members] = _finished(schedule, besides[key], ends[:, members])
+        return (steps + self.calibration.step_ms).tolist()
+
+    def _durations(self, clock: BatchClock, times: ChunkTimes, layouts: Sequence[Layout]) -> Floats:
+        """Of each kind of the clock's steps, in each layout: [kinds, layouts]."""
+        durations = np.empty((len(clock.kinds), len(layouts)))
+        by_cut: dict[Cut, list[int]] = {}
+        for index, layout in enumerate(layouts):
+            assert layout.layers is not None
+            by_cut.setdefault(layout.layers, []).append(index)
+        for cut, members in by_cut.items():
+            chunks = self._chunks.of(cut)
+            for row, kind in zip(durations, clock.kinds, strict=True):
+                row[members] = times.of(kind, chunks[kind.stage], chunks[kind.backward])[members]
+        return durations
+
+    def _make_table(self, layout: Layout) -> Floats:
+        """Times of the layers of which chunks consist, of layouts `_alike`."""
+        parts = self._chunks.parts
+        stages = stage_times(self.model, layout, self.cluster, self.calibration, parts)
         if self.routing is not None and layout.ep > 1:
             per_node = self.cluster.gpus_per_node
             more = expected_slowdown(self.routing, self.model, layout, gpus_per_node=per_node)
-            stages = slowed(stages, *more)
-        costs = step_costs(self.model, self.cluster, layout, self.calibration, schedule, stages)
-        _, ends = run(schedule, _times(costs, stages))
-        last = _finished(schedule.placement, costs, row_ends(schedule, ends))
-        return last + self.calibration.step_ms
+            stages = tuple(_slowed(stage, *more) for stage in stages)
+        return table_of([layer for stage in stages for layer in stage])
+
+    def _make_besides(self, layout: Layout, size: tuple[str, int, int, int | None]) -> Costs:
+        """What a step has besides its chunks: messages, reductions and the update."""
+        schedule = schedule_of(*size)
+        assert not isinstance(schedule, str), schedule
+        # Costs are of stages with layers: any will do, as chunks are timed by themselves.
+        stages: Stages = ((self._layer(layout, self._whole[1]),),) * schedule.num_stages
+        return step_costs(self.model, self.cluster, layout, self.calibration, schedule, stages)
 
     def _layer(self, layout: Layout, kind: Kind) -> LayerTimes:
         return layer_times(self.model, _alike(layout), self.cluster, self.calibration, kind)
@@ -198,45 +282,88 @@ def _schedule(layout: Layout) -> Schedule:
     return schedule
 
 
-def _times(costs: Costs, stages: Stages) -> Times:
-    """The times of the steps; of pairs, once for all stages with the same layers."""
-    kinds: dict[tuple[int, ...], int] = {}
-    of = [kinds.setdefault(tuple(map(id, stage)), index) for index, stage in enumerate(stages)]
-    pair = costs.pair
-    assert callable(pair)
-    made = {
-        (forward, backward): pair(forward, backward)
-        for forward in kinds.values()
-        for backward in kinds.values()
-    }
-    rows = {f: tuple(made[f, b] for b in of) for f in kinds.values()}
+@lru_cache(maxsize=4)
+def _clock(name: str, ranks: int, microbatches: int, stages_per_rank: int | None) -> BatchClock:
+    schedule = schedule_of(name, ranks, microbatches, stages_per_rank)
+    assert not isinstance(schedule, str), schedule
+    return BatchClock(schedule)
 
-    def listed(value: ByStage) -> tuple[float, ...]:
-        return by_stage("cost", value, len(stages))
 
-    assert costs.B is not None
-    return Times(
-        F=listed(costs.F),
-        I=listed(costs.I),
-        W=listed(costs.W),
-        B=listed(costs.B),
-        pair=tuple(rows[f] for f in of),
-        send=costs.send + max(listed(costs.message)) / costs.bandwidth,
+def _besides(layout: Layout) -> Layout:
+    """The layout that stands for all with one schedule whose reductions and messages are alike.
+
+    How rows get to experts, and what is made again, changes neither.
+    """
+    return replace(
+        layout,
+        dispatcher="flat",
+        payload="exact",
+        comm_sms=None,
+        recompute_norms=False,
+        recompute_up_projections=False,
     )
 
 
-def _finished(placement: Placement, costs: Costs, ends: Sequence[float]) -> float:
-    """When the last rank has reduced its gradients and updated its parameters, as `simulate`."""
-    count = placement.num_stages
+def _slowed(stage: tuple[LayerTimes, ...], rows: float, num_bytes: float) -> tuple[LayerTimes, ...]:
+    """As `slowed`; layers without experts are as they were."""
+    (found,) = slowed((stage,), rows, num_bytes) if any(map(_routes, stage)) else (stage,)
+    return found
+
+
+def _routes(layer: LayerTimes) -> bool:
+    return layer.kind in ("moe", "mtp")
+
+
+class _Chunks:
+    """The layers of which stages consist, each kind once.
+
+    Attributes:
+        parts: of the model, that have each of them once: the first layer with the embedding, others
+            by their kind, and what follows the last one.
+    """
+
+    def __init__(self, model: ModelConfig) -> None:
+        last = model.num_hidden_layers
+        number: dict[bool, int] = {}  # by whether a layer has experts
+        self.parts = [Part(range(1), embed=True, head=False)]
+        self._layers = [0]
+        for layer in range(1, last):
+            moe = model.is_moe(layer)
+            if moe not in number:
+                number[moe] = len(self.parts)
+                self.parts.append(Part(range(layer, layer + 1), embed=False, head=False))
+            self._layers.append(number[moe])
+        tail = Part(range(last, last), embed=False, head=True)
+        after = len(self.parts)
+        self._tail = tuple(range(after, after + len(kinds_of(tail, model))))
+        self.parts.append(tail)
+
+    def of(self, cut: Cut) -> list[Chunk]:
+        """The chunk of each stage."""
+        found = [tuple(self._layers[a:b]) for a, b in pairwise((0, *accumulate(cut)))]
+        found[-1] += self._tail
+        return found
+
+
+def _finished(schedule: Schedule, costs: Costs, ends: Floats) -> Floats:
+    """When the last rank has reduced its gradients and updated its parameters, as `simulate`.
+
+    Args:
+        schedule: of the step.
+        costs: of what follows the rows.
+        ends: [ranks, layouts], of the rows.
+
+    Returns:
+        [layouts].
+    """
+    placement, count = schedule.placement, schedule.num_stages
     reduce, mirror, update = (
         by_stage("cost", cost, count) for cost in (costs.reduce, costs.mirror, costs.optimizer)
     )
     held = [placement.stages(rank) for rank in range(placement.num_ranks)]
-    free = [end + sum(reduce[s] for s in held[rank]) for rank, end in enumerate(ends)]
+    free = ends + np.array([[sum(reduce[s] for s in stages)] for stages in held])
     for stage in range(count):
-        holders = placement.replicas(stage)
+        holders = list(placement.replicas(stage))
         if len(holders) > 1 and mirror[stage]:
-            met = max(free[rank] for rank in holders) + mirror[stage]
-            for rank in holders:
-                free[rank] = met
-    return max(free) + max(sum(update[s] for s in stages) for stages in held)
+            free[holders] = free[holders].max(axis=0) + mirror[stage]
+    return free.max(axis=0) + max(sum(update[s] for s in stages) for stages in held)

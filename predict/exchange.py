@@ -26,15 +26,15 @@ from ..comm.dispatch.grid import NodeGrid
 from ..comm.dispatch.layout import ExpertLayout
 from ..comm.dispatch.sizes import num_pieces
 from ..comm.traffic import ACROSS, INSIDE, across_nodes
-from ..comm.traffic_sizes import PHASES, Elements, PayloadSizes, RowSizes
+from ..comm.traffic_sizes import PHASES, RowSizes
 from ..comm.traffic_synthetic import Choice
 from ..model import ModelConfig
 from ..model.inventory import inventory
 from ..model.stages import Part
 from .cluster import AllToAll, Cluster
 from .layout import Layout
-from .operations import BYTES, FLOAT
-from .spread import mean_traffic, reach
+from .operations import FLOAT
+from .spread import choice_of, mean_traffic, reach
 
 _CHUNKS = 4  # of two hops, as dispatch.chunks is by default
 _MEASURED_TOKENS = 4096  # of a rank, in the measurements that clusters have
@@ -101,17 +101,10 @@ def exchange(model: ModelConfig, layout: Layout, cluster: Cluster) -> dict[str, 
     """
     if layout.ep == 1:
         return dict.fromkeys(PHASES, Exchange(0.0, 0.0, 0.0, "nothing"))
-    limited = model.topk_method != "greedy"
-    choice = Choice(
-        model.n_routed_experts,
-        model.num_experts_per_tok,
-        model.n_group if limited else 1,
-        model.topk_group if limited else 1,
-    )
     table = tuple(sorted(cluster.all_to_all.items())) if layout.dispatcher == "deep_ep" else ()
     key = _Key(
-        choice,
-        RowSizes(_payload(layout), model.hidden_size),
+        choice_of(model),
+        RowSizes(layout.payload_sizes, model.hidden_size),
         layout.ep,
         ranks_per_node(layout, cluster),
         layout.tokens,
@@ -140,12 +133,12 @@ def ranks_per_node(layout: Layout, cluster: Cluster) -> int:
 
 def message_bytes(model: ModelConfig, layout: Layout) -> int:
     """Activations, or their gradients, of a micro-batch between two stages."""
-    return layout.tokens * model.hidden_size * BYTES[layout.dtype]
+    return layout.tokens * model.hidden_size * layout.itemsize
 
 
-def message_ms(model: ModelConfig, layout: Layout, cluster: Cluster) -> float:
-    """Time of a message between two stages, latency included."""
-    return _pairwise(message_bytes(model, layout), layout, cluster).ms
+def message_transfer(model: ModelConfig, layout: Layout, cluster: Cluster) -> Transfer:
+    """A message between two stages; its time includes the latency of its link."""
+    return _pairwise(message_bytes(model, layout), layout, cluster)
 
 
 def reduce_ms(model: ModelConfig, layout: Layout, cluster: Cluster, part: Part) -> float:
@@ -160,7 +153,7 @@ def reduction(model: ModelConfig, layout: Layout, cluster: Cluster, part: Part) 
     without an all-reduce, which sends twice as much. Within a node each rank ends with one share of
     the sums, which then goes across; both overlap, so that the slower link counts.
     """
-    wide = max(FLOAT, BYTES[layout.dtype])
+    wide = max(FLOAT, layout.itemsize)
     sizes = stage_parameters(model, layout, part)
     times = 1 if layout.zero else 2
     return _over_ranks(times * sizes.routed * wide, times * sizes.other * wide, layout, cluster)
@@ -173,7 +166,7 @@ def gathering(model: ModelConfig, layout: Layout, cluster: Cluster, part: Part) 
     """
     if not layout.zero:
         return _NOTHING
-    sizes, size = stage_parameters(model, layout, part), BYTES[layout.dtype]
+    sizes, size = stage_parameters(model, layout, part), layout.itemsize
     kept = max(FLOAT, size) if layout.fp8 else size
     other = (sizes.other - sizes.plain) * kept + sizes.plain * size
     return _over_ranks(sizes.routed * kept, other, layout, cluster)
@@ -194,7 +187,7 @@ def mirroring(model: ModelConfig, layout: Layout, cluster: Cluster, part: Part) 
     if layout.zero:
         numbers = sizes.routed * layout.ep / layout.dp + sizes.other / layout.dp
     # Of two ranks each sends half, and half of the sums.
-    return _pairwise(numbers * max(FLOAT, BYTES[layout.dtype]), layout, cluster)
+    return _pairwise(numbers * max(FLOAT, layout.itemsize), layout, cluster)
 
 
 class Parameters(NamedTuple):
@@ -301,14 +294,6 @@ def _measured(key: _Key, gpus_per_node: int, table: _Table) -> tuple[AllToAll | 
 def _peers(ranks: int, gpus_per_node: int) -> int:
     """Nodes of so many ranks, or the ranks themselves where they share one."""
     return ceil(ranks / gpus_per_node) if ranks > gpus_per_node else ranks
-
-
-def _payload(layout: Layout) -> PayloadSizes:
-    """How rows travel."""
-    if layout.payload != "exact":
-        return PayloadSizes.named(layout.payload)
-    own = Elements(8 * BYTES[layout.dtype])
-    return PayloadSizes(layout.dtype, own, own)
 
 
 _NOTHING = Transfer(0.0, 0.0, 0.0, "")

@@ -16,6 +16,7 @@ from ..parallel.schedule import Schedule
 from .cluster import Cluster
 from .layout import Layout
 from .memory import rank_memory, rank_states
+from .step import device_of
 
 _GIB = 1 << 30
 
@@ -33,11 +34,13 @@ class Reason(NamedTuple):
         key: of the constraint, one of KEYS.
         what: does not fit, and by how much.
         remedy: what to change.
+        over: by how much, bytes of memory; 0 for any other constraint.
     """
 
     key: str
     what: str
     remedy: str
+    over: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.key}: {self.what}; {self.remedy}"
@@ -93,7 +96,7 @@ def why_no_states(model: ModelConfig, cluster: Cluster, layout: Layout) -> Reaso
     have = cluster.gpu.memory_bytes
     if not have:
         return None
-    states = rank_states(model, layout, (Part.whole(model),), device="cuda")
+    states = rank_states(model, layout, (Part.whole(model),), device=device_of(cluster))
     whole = states.parameters + states.fp8 + states.gradients + states.copies + states.moments
     over = whole / layout.pp - have
     if over <= 0:
@@ -103,6 +106,7 @@ def why_no_states(model: ModelConfig, cluster: Cluster, layout: Layout) -> Reaso
         f"parameters, gradients and optimizer states alone are {over / _GIB:.1f} GiB more a rank "
         f"than the {have / _GIB:.1f} GiB of a {cluster.gpu.name}",
         "raise ep, pp or zero",
+        over,
     )
 
 
@@ -119,7 +123,7 @@ def why_no_memory(model: ModelConfig, cluster: Cluster, layout: Layout) -> Reaso
         return None
     schedule = schedule_of(*size_of(layout))
     assert not isinstance(schedule, str), schedule
-    ranks = rank_memory(model, layout, schedule)
+    ranks = rank_memory(model, layout, schedule, device=device_of(cluster))
     worst = max(range(len(ranks)), key=lambda rank: ranks[rank].total)
     over = ranks[worst].total - have
     if over <= 0:
@@ -131,6 +135,7 @@ def why_no_memory(model: ModelConfig, cluster: Cluster, layout: Layout) -> Reaso
         f"pipeline rank {worst} needs {over / _GIB:.1f} GiB more than the {have / _GIB:.1f} GiB of "
         f"a {cluster.gpu.name}; most of it is {most} ({parts[most] / _GIB:.1f} GiB)",
         "raise ep, pp or zero, recompute more, or take a schedule that holds fewer micro-batches",
+        over,
     )
 
 

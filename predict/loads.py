@@ -111,7 +111,7 @@ def _array(held: Any, path: Path) -> Any:
     if not isinstance(layers, dict) or not layers:
         raise ValueError(
             f'{path} has no loads of any layer; a run writes {{"layers": {{"3": [tokens of each '
-            "expert]}}}}"
+            "expert]}}"
         )
     by_layer = cast("dict[str, Any]", layers)
     strange = [name for name in by_layer if not name.isdigit()]

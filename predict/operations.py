@@ -68,7 +68,6 @@ from .layout import Layout
 
 _PHASES = ("attn(F)", "attn(B)", "attn(W)", "mlp(F)", "mlp(B)", "mlp(W)")
 
-BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
 FLOAT = 4
 _TILE = 128
 _FP8 = 1 + FLOAT / _TILE
@@ -90,7 +89,7 @@ class LayerSum:
         self._model, self._layout = model, layout
         self._tokens = layout.tokens
         self._fp8 = layout.fp8
-        self._size = BYTES[layout.dtype]
+        self._size = layout.itemsize
         self._wide = max(self._size, FLOAT)
         self._low = _FP8 if layout.fp8 else self._size
 
@@ -181,10 +180,11 @@ class LayerSum:
         self.found["attn(B)"][2] += core * (3 * queries + 2 * values)
         moved = tokens * (queries + values) * size
         self._touch("attn", F=2 * moved, B=4 * moved)
-        if self._fp8:
+        packs = self._fp8 and self._layout.e5m6
+        if packs:
             packed = tokens * values * (size + _E5M6)
             self._touch("attn", F=packed, B=packed, W=packed)
-        self._input("attn", tokens, values, kept=False)
+        self._input("attn", tokens, values, kept=not packs)
         self._product("attn", tokens, values, hidden)
         self._gradient("attn", tokens, hidden)
         self._norm("attn", hidden)

@@ -94,25 +94,36 @@ def even_cut(costs: LayerCosts, placement: Placement) -> Cut:
     )
 
 
-def best_cut(costs: LayerCosts, placement: Placement, makespan: Callable[[Cut], float]) -> Cut:
-    """The cut that makes a step fast: near `even_cut`, what takes least in simulation.
+def best_cut(
+    costs: LayerCosts,
+    placement: Placement,
+    makespans: Callable[[Sequence[Cut]], Sequence[float]],
+    starts: Sequence[Cut],
+) -> Cut:
+    """The cut that makes a step fast: near the fastest of some, what takes least in simulation.
 
     Single layers are moved over single boundaries as long as that makes the step faster, among the
-    cuts whose busiest rank is near the least busy one.
+    cuts whose busiest rank is not much busier than those of the first ones. (That alone does not
+    tell: a pair takes as long as the longer of two unlike stages.)
 
     Args:
         costs: of the model's parts.
         placement: which rank holds which stage.
-        makespan: of a step by a cut.
+        makespans: of steps by each of several cuts.
+        starts: cuts to begin with, such as `even_cut`.
     """
     ranks = _Ranks(costs, placement)
-    cut = even_cut(costs, placement)
-    limit = ranks.load(cut).busiest * (1 + _NEAR)
-    known = {cut: makespan(cut)}
+    limit = max(ranks.load(cut).busiest for cut in starts) * (1 + _NEAR)
+    known = dict(zip(starts, makespans(starts), strict=True))
+    cut = min(known, key=known.__getitem__)
     while True:
-        for other in _over_boundaries(cut):
-            if other not in known and ranks.load(other).busiest <= limit:
-                known[other] = makespan(other)
+        near = [
+            other
+            for other in _over_boundaries(cut)
+            if other not in known and ranks.load(other).busiest <= limit
+        ]
+        if near:
+            known.update(zip(near, makespans(near), strict=True))
         best = min(known, key=known.__getitem__)
         if known[best] >= known[cut]:
             return cut

@@ -137,7 +137,8 @@ class _Builder:
                 if place >= len(layers):
                     continue
                 ready = ended.get(_NEEDS.get(name, ""), data[direction])
-                ended[name] = self._issue(name, layers[place], ready)
+                beside = self._lanes and (direction == "B" or place < len(backward))
+                ended[name] = self._issue(name, layers[place], ready, beside=beside)
             for direction, last in (("F", FORWARD[-1]), ("B", BACKWARD[-1])):
                 data[direction] = ended.get(last, data[direction])
         return self
@@ -147,10 +148,10 @@ class _Builder:
         """What was added."""
         return Program(tuple(self._phases), (self._free[True], self._free[False]))
 
-    def _issue(self, name: str, layer: _Layer, ready: int) -> int:
+    def _issue(self, name: str, layer: _Layer, ready: int, *, beside: bool) -> int:
         computes = lane_of(name) == COMPUTE
         lane = computes if self._lanes else True
-        times = layer.times.paired if self._lanes else layer.times.alone
+        times = layer.times.paired if beside else layer.times.alone
         after, also = self._later(self._free[lane], ready)
         if times[name] or also != NEEDS_NO_OTHER:
             self._phases.append(

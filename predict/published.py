@@ -51,7 +51,8 @@ V3_DOLLARS_PER_HOUR = 2
 # arXiv 2505.09343, table 4: V3's training on the multi-plane network, GPUs as of V3_RUN.
 V3_TOKENS_PER_DAY = 272_800_000_000
 # From the same table, seconds of a step of 19.926. Whose they are, the mean of all ranks or one
-# rank's, is not said; nor whether "B" holds full backwards and input gradients, as here.
+# rank's, is not said; nor whether "B" holds full backwards and input gradients, as here, or the
+# optimizer's the reduction of gradients.
 V3_STEP_PARTS: Mapping[str, float] = MappingProxyType(
     {
         "forward": 1.13,
@@ -59,7 +60,7 @@ V3_STEP_PARTS: Mapping[str, float] = MappingProxyType(
         "weight": 0.48,
         "paired": 13.95,
         "bubble": 2.06,
-        "optimizer": 0.29,
+        "reduce and optimizer": 0.29,
     }
 )
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..parallel.schedule import Op, Pair, Schedule, Step, verify
-from ..parallel.schedule.clock import outgoing
 from ..parallel.schedule.interleaving import PUBLISHED_ORDER
 from ..parallel.simulate import Phases, Span
 from ..parallel.simulate.amounts import ByStage, by_stage, check_amount
@@ -181,7 +180,7 @@ class _Run:
             end = self._ends[p] = self._step(p, step, start)
             kept = float(start.flat[keep_dp]), float(end.flat[keep_dp])
             self._spans[p].append(Span(step, *kept))
-            for target, action in outgoing(schedule, p, step):
+            for target, action in schedule.outgoing[number]:
                 left = end
                 taken = message_ms[action.stage - (action.op is not Op.F)]
                 if taken:

@@ -39,6 +39,7 @@ from ..model import ModelConfig
 from .chance import mean_chance, reached, root_of_covariance, shares_of
 from .layout import Dispatcher, Layout
 from .loads import Floats, Loads
+from .spread import choice_of
 
 Kind = Literal["balanced", "even", "skewed", "measured"]
 
@@ -153,14 +154,9 @@ class Routing:
             )
         if self.loads is not None:
             _check_loads(self.loads, model)
-        grouped = model.topk_method != "greedy"
-        choice = Choice(
-            model.n_routed_experts,
-            model.num_experts_per_tok,
-            model.n_group if grouped else 1,
-            model.topk_group if grouped else 1,
+        return GroupRouting(
+            self, choice_of(model), placed, layout.tokens, inside, layout.dispatcher
         )
-        return GroupRouting(self, choice, placed, layout.tokens, inside, layout.dispatcher)
 
 
 class Drawn(NamedTuple):

@@ -1,15 +1,17 @@
 """The layouts that make a step fastest, of all that a cluster and its memory allow.
 
-Layouts are looked at in the order of a bound, of what their step cannot be faster than. As soon as
-that is above the step of the last of those that are kept, no other layout can take its place, and
-the search ends: what it has not looked at is counted as pruned.
+Layouts that share a schedule are a family. Within one they are looked at in the order of a bound,
+of what their step cannot be faster than. As soon as that is no less than the step of the last of
+those that are kept, no other layout of the family can take its place: what is left of it is counted
+as pruned. The others are timed together.
 """
 
 from __future__ import annotations
 
 import bisect
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import NamedTuple
@@ -22,23 +24,19 @@ from .feasible import Reason, schedule_of, size_of
 from .layout import Layout
 from .memory import rank_memory
 from .routing import Routing
-from .space import Space, candidates
-from .step import quick_step
+from .space import Candidates, Space, candidates
+from .step import device_of, limit_of, quick_step
 from .waterfall import ideal_ms, waterfall
+
+_TOGETHER = 256  # layouts that are timed at once, at most
+_ROUNDING = 1e-9  # by which equal steps may differ, relative
 
 
 class Bounded(NamedTuple):
-    """Layouts that share a bound.
-
-    Attributes:
-        bound_ms: what a step of none of them can be faster than.
-        layouts: makes them.
-        size: how many they are.
-    """
+    """A layout and what its step cannot be faster than."""
 
     bound_ms: float
-    layouts: Callable[[], Iterable[Layout]]
-    size: int
+    layout: Layout
 
 
 class Ranked(NamedTuple):
@@ -54,11 +52,11 @@ class Ranking:
 
     Attributes:
         best: the fastest, in order.
-        num_evaluated: layouts that were timed.
+        num_evaluated: layouts that were timed; they can be.
         num_pruned: layouts that cannot be among the best, by their bound; whether they can be at
             all was not asked.
         infeasible: number of layouts that break each constraint, by its key.
-        reasons: an example of each.
+        reasons: an example of each, of memory what lacks least.
     """
 
     best: list[Ranked] = field(default_factory=list[Ranked])
@@ -73,8 +71,9 @@ Progress = Callable[[int, int], None]
 
 
 def rank(
-    groups: Iterable[Bounded],
-    consider: Callable[[Layout], float | Reason],
+    families: Iterable[Sequence[Bounded]],
+    why_not: Callable[[Layout], Reason | None],
+    steps_ms: Callable[[Sequence[Layout]], Sequence[float]],
     *,
     keep: int = 10,
     prune: bool = True,
@@ -82,48 +81,78 @@ def rank(
 ) -> Ranking:
     """The `keep` fastest layouts.
 
-    Pruning loses none of them: groups come by rising bounds, and once one's bound is at least the
-    step of the last that is kept, so is every later layout's step. Layouts with equal steps are
-    kept in the order in which they come, with or without pruning. Of those that take as long with
-    any number of SMs for communication, nothing running beside it, the first one is kept.
+    Pruning loses none of them: once a layout's bound is at least the step of the last that is kept,
+    so is its step, and that of all that follow in its family. Layouts with equal steps are kept in
+    the order in which they come, with or without pruning; of those that differ in nothing but how
+    rows get to experts, and take as long, the first one.
 
     Args:
-        groups: of layouts.
-        consider: the step of a layout, ms, no less than its bound; or why it cannot be.
+        families: layouts that are timed together.
+        why_not: why a layout cannot be; None where it can.
+        steps_ms: steps of layouts of one family, none less than its bound.
         keep: how many, 1 or more.
         prune: leave out what cannot be among the best.
         progress: told now and then.
     """
-    ordered = sorted(groups, key=lambda group: group.bound_ms)
-    total = sum(group.size for group in ordered)
+    ordered = [sorted(one, key=lambda member: member.bound_ms) for one in families if one]
+    ordered.sort(key=lambda family: family[0].bound_ms)
+    total, done = sum(map(len, ordered)), 0
     found = Ranking()
-    done = 0
-    for group in ordered:
-        full = len(found.best) == keep
-        if prune and full and group.bound_ms >= found.best[-1].step_ms:
-            found.num_pruned = total - done
-            break
-        for layout in group.layouts():
-            result = consider(layout)
-            if isinstance(result, Reason):
-                found.infeasible[result.key] += 1
-                found.reasons.setdefault(result.key, result)
-                continue
-            found.num_evaluated += 1
-            if any(_twins(one, result, layout) for one in found.best):
-                continue
-            bisect.insort_right(found.best, Ranked(result, layout), key=lambda one: one.step_ms)
-            del found.best[keep:]
-        done += group.size
+    for family in ordered:
+        place = 0
+        while place < len(family):
+            most = _last_kept(found, keep) if prune else math.inf
+            taken: list[Layout] = []
+            start = place
+            while place < len(family) and len(taken) < _TOGETHER:
+                bound_ms, layout = family[place]
+                if bound_ms >= most:
+                    break
+                place += 1
+                reason = why_not(layout)
+                if reason is None:
+                    taken.append(layout)
+                else:
+                    found.infeasible[reason.key] += 1
+                    known = found.reasons.setdefault(reason.key, reason)
+                    if reason.over < known.over:  # what comes nearest says most
+                        found.reasons[reason.key] = reason
+            if place == start:  # what is left cannot be among the best
+                found.num_pruned += len(family) - place
+                break
+            if taken:
+                _keep(found, steps_ms(taken), taken, keep)
+        done += place
         if progress is not None:
-            progress(done, total)
+            progress(done + found.num_pruned, total)
     return found
+
+
+def _last_kept(found: Ranking, keep: int) -> float:
+    return found.best[-1].step_ms if len(found.best) == keep else math.inf
+
+
+def _keep(found: Ranking, steps: Sequence[float], layouts: Sequence[Layout], keep: int) -> None:
+    """Put those layouts among the best that belong there."""
+    found.num_evaluated += len(layouts)
+    for step_ms, layout in zip(steps, layouts, strict=True):
+        if step_ms >= _last_kept(found, keep) or any(
+            _twins(one, step_ms, layout) for one in found.best
+        ):
+            continue
+        bisect.insort_right(found.best, Ranked(step_ms, layout), key=lambda one: one.step_ms)
+        del found.best[keep:]
 
 
 def _twins(one: Ranked, step_ms: float, layout: Layout) -> bool:
     """Whether a layout differs from one that is kept in nothing that counts."""
-    same = one.step_ms == step_ms
-    return same and replace(one.layout, comm_sms=None) == replace(layout, comm_sms=None)
+    if not math.isclose(one.step_ms, step_ms, rel_tol=_ROUNDING):
+        return False
+    return _without_exchange(one.layout) == _without_exchange(layout)
+
+
+def _without_exchange(layout: Layout) -> Layout:
+    return replace(layout, comm_sms=None, dispatcher="flat", payload="exact")
 
 
 @dataclass(frozen=True)
@@ -135,7 +164,7 @@ class Found:
         step_ms: simulated whole.
         memory_bytes: of the pipeline rank that takes most.
         mfu: model FLOPs utilisation.
-        limit: what adds most to the ideal step.
+        limit: what adds most to the step, of what a layout can change.
     """
 
     layout: Layout
@@ -222,17 +251,24 @@ def search(
     found = candidates(
         model, cluster, space, gpus=gpus, batch_sequences=batch_sequences, length=length
     )
+    num_layouts = len(found.layouts) * space.num_variants + found.infeasible.total()
     ranking, chosen = Ranking(), list[Layout]()
     if found.layouts:
         estimator = Estimator(model, cluster, calibration, found.layouts[0], routing)
-        groups = [_group(space, estimator, layout) for layout in found.layouts]
-        consider = _Considered(estimator)
-        ranking = rank(groups, consider, keep=keep, prune=prune, progress=progress)
+        families = _families(space, estimator, found)
+        ranking = rank(
+            families,
+            estimator.why_not,
+            estimator.steps_ms,
+            keep=keep,
+            prune=prune,
+            progress=progress,
+        )
         chosen = [estimator.refined(estimator.cut(one.layout)) for one in ranking.best]
     best = [_found(model, cluster, layout, calibration, routing) for layout in chosen]
     return SearchResult(
         best=tuple(sorted(best, key=lambda one: one.step_ms)),
-        num_layouts=len(found.layouts) * space.num_variants + found.infeasible.total(),
+        num_layouts=num_layouts,
         num_evaluated=ranking.num_evaluated,
         num_pruned=ranking.num_pruned,
         infeasible=found.infeasible + ranking.infeasible,
@@ -241,28 +277,18 @@ def search(
     )
 
 
-class _Considered:
-    """Why a layout cannot be, or its step; what does not depend on all of it is kept."""
-
-    def __init__(self, estimator: Estimator) -> None:
-        self._estimator = estimator
-        self._memory: dict[Layout, Reason | None] = {}
-
-    def __call__(self, layout: Layout) -> float | Reason:
-        estimator = self._estimator
-        reason = estimator.why_not(layout)
+def _families(space: Space, estimator: Estimator, found: Candidates) -> list[list[Bounded]]:
+    """The layouts with their schedules, by these; what no schedule makes fit is refused."""
+    shapes: dict[tuple[int, int], list[list[Bounded]]] = {}
+    for layout in found.layouts:
+        reason = estimator.why_no_states(layout)
         if reason is not None:
-            return reason
-        layout = estimator.cut(layout)
-        key = replace(layout, comm_sms=None)  # which SMs communicate takes no memory
-        if key not in self._memory:
-            self._memory[key] = estimator.why_no_memory(layout)
-        return self._memory[key] or estimator.step_ms(layout)
-
-
-def _group(space: Space, estimator: Estimator, layout: Layout) -> Bounded:
-    bound = estimator.bound_ms(layout)
-    return Bounded(bound, lambda: space.variants(layout), space.num_variants)
+            found.refuse(reason, space.num_variants)
+            continue
+        bound_ms = estimator.bound_ms(layout)
+        variants = [Bounded(bound_ms, variant) for variant in space.variants(layout)]
+        shapes.setdefault((layout.pp, layout.microbatches), []).append(variants)
+    return [list(family) for shape in shapes.values() for family in zip(*shape, strict=True)]
 
 
 def _found(
@@ -279,11 +305,12 @@ def _found(
     shares = waterfall(
         model, cluster, layout, calibration, schedule, quick.stages, step_ms=quick.step_ms
     )
-    most = max(shares[1:], key=lambda share: share.ms)
     return Found(
         layout=layout,
         step_ms=quick.step_ms,
-        memory_bytes=max(rank.total for rank in rank_memory(model, layout, schedule)),
+        memory_bytes=max(
+            rank.total for rank in rank_memory(model, layout, schedule, device=device_of(cluster))
+        ),
         mfu=ideal_ms(model, cluster, layout) / quick.step_ms,
-        limit=f"{most.name}: {most.why}",
+        limit=limit_of(shares),
     )

@@ -64,7 +64,7 @@ class Space:
         )
 
     def variants(self, layout: Layout) -> Iterator[Layout]:
-        """The layouts that differ from one in their schedule alone."""
+        """The layouts that differ from one in their schedule alone, by `plans`."""
         for name, stages in self.plans:
             yield replace(layout, schedule=name, stages_per_rank=stages)
 

@@ -18,8 +18,20 @@ from ..comm.dispatch.layout import ExpertLayout
 from ..comm.traffic import Hop, Traffic, route
 from ..comm.traffic_expected import chance_to_reach, expected_nodes, expected_traffic
 from ..comm.traffic_synthetic import Choice, random_routing
+from ..model import ModelConfig
 
 _TOKENS = 8192  # tell the mean to half a per cent
+
+
+def choice_of(model: ModelConfig) -> Choice:
+    """How a model's tokens choose experts, all of them equally popular."""
+    grouped = model.topk_method != "greedy"
+    return Choice(
+        model.n_routed_experts,
+        model.num_experts_per_tok,
+        model.n_group if grouped else 1,
+        model.topk_group if grouped else 1,
+    )
 
 
 class Reach(NamedTuple):

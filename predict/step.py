@@ -93,8 +93,10 @@ def predict(
     """
     cluster.check_gpus(layout.world_size)
 
-    def quick(cluster: Cluster, layout: Layout, calibration: Calibration) -> float:
-        return quick_step(model, cluster, layout, calibration, routing).step_ms
+    def quick(
+        *, calibration: Calibration = calibration, routing: Routing | None = routing
+    ) -> Result:
+        return quick_step(model, cluster, layout, calibration, routing).result
 
     balanced = quick_step(model, cluster, layout, calibration)
     schedule, stages, result = balanced.schedule, balanced.stages, balanced.result
@@ -131,8 +133,8 @@ def predict(
         memory=rank_memory(model, layout, schedule, device=device_of(cluster)),
         memory_bytes=cluster.gpu.memory_bytes,
         mfu=ideal / step_ms,
-        notes=notes(model, cluster, layout, calibration, quick),
-        limit=_limit(steps),
+        notes=notes(model, cluster, layout, calibration, routing, quick),
+        limit=limit_of(steps),
     )
 
 
@@ -168,7 +170,7 @@ def device_of(cluster: Cluster) -> Device:
     return "cuda" if cluster.gpu.num_sms else "cpu"
 
 
-def _limit(steps: tuple[Share, ...]) -> str:
+def limit_of(steps: tuple[Share, ...]) -> str:
     """Of what a layout, a schedule or a network can change, what adds most."""
     worst = max(steps, key=lambda share: 0.0 if share.name in OF_KERNELS else share.ms)
     return f"{worst.name}: {worst.why}"

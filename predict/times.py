@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from .cluster import Cluster
 
 COMPUTES = tuple(name for name in NAMES if lane_of(name) == COMPUTE)
-_ENOUGH_SMS = 20
 COMMUNICATES = tuple(name for name in NAMES if lane_of(name) != COMPUTE)
+
+ENOUGH_SMS = 20
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def layer_times(
     is bound by memory does not.
 
     Communication alone takes what a reference says, or else the links; in a pair it takes as much
-    longer as it did in the reference.
+    longer as it did in the reference, or else `Calibration.contention`.
     """
     alone = dict.fromkeys(NAMES, 0.0)
     paired = dict.fromkeys(NAMES, 0.0)
@@ -159,7 +160,8 @@ class _Machine:
 
         mine = exchange(model, self.layout, self.cluster)[name].ms
         if reference is None or reference.layout.ep == 1:
-            return mine, mine * _by_sms(self.layout, self.cluster)
+            contended = self.calibration.contention if self.cluster.gpu.num_sms else 1.0
+            return mine, mine * contended * _by_sms(self.layout, self.cluster)
         there = reference.cluster or self.cluster
         theirs = exchange(reference.model, reference.layout, there)[name].ms
         alone = mine * reference.alone[name] / theirs if name in reference.alone else mine
@@ -169,21 +171,24 @@ class _Machine:
 
 
 def compute_share(layout: Layout, cluster: Cluster) -> float:
-    """Share of the SMs that computation has while communication keeps its own."""
-    if layout.comm_sms is None or layout.ep == 1 or not cluster.gpu.num_sms:
+    """Share of the SMs that computation has while communication keeps its own.
+
+    Communication that was not told how many to take, takes as many as it needs.
+    """
+    if layout.ep == 1 or not cluster.gpu.num_sms:
         return 1.0
-    return 1.0 - layout.comm_sms / cluster.gpu.num_sms
+    return 1.0 - (layout.comm_sms or ENOUGH_SMS) / cluster.gpu.num_sms
 
 
 def _by_sms(layout: Layout, cluster: Cluster) -> float:
     """How much longer communication takes with few SMs.
 
-    With _ENOUGH_SMS it fills both links (arXiv 2412.19437, section 3.2.2); below, its speed is
-    taken to fall in proportion.
+    With ENOUGH_SMS it fills both links (arXiv 2412.19437, section 3.2.2, of an H800); below, its
+    speed is taken to fall in proportion.
     """
     if layout.comm_sms is None or not cluster.gpu.num_sms:
         return 1.0
-    return max(1.0, _ENOUGH_SMS / layout.comm_sms)
+    return max(1.0, ENOUGH_SMS / layout.comm_sms)
 
 
 def _difference(work: Work, less: Work) -> Work:

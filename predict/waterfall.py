@@ -17,7 +17,8 @@ from .prediction import Share
 from .times import COMMUNICATES, COMPUTES, LayerTimes
 
 IDEAL, KERNELS = "model FLOPs at the BF16 peak", "kernels"
-OF_KERNELS = (IDEAL, KERNELS)
+PREDICTION = "multi-token prediction and routers"
+OF_KERNELS = (IDEAL, PREDICTION, KERNELS)
 """Shares that are the same in every layout."""
 
 
@@ -51,6 +52,8 @@ def waterfall(
     """
     ideal = ideal_ms(model, cluster, layout)
     quiet = _changed(stages, lambda layer: _without_communication(layer, layer.alone))
+    flops = token_flops(model, layout.length)
+    beyond = ideal * (flops.everything / flops.published - 1)
     computing = _mean_busy(schedule, quiet, layout)
     crowded = _changed(stages, lambda layer: _in_pairs(layer, calibration.pair_gaps))
     sharing = _mean_busy(schedule, crowded, layout)
@@ -68,16 +71,17 @@ def waterfall(
     updated = simulate(schedule, costs).makespan
     found = [
         Share(IDEAL, ideal, "a utilisation (MFU) of 1"),
+        Share(PREDICTION, beyond, "their FLOPs at the same peak, which no utilisation counts"),
         Share(
             KERNELS,
-            computing - ideal,
-            "what is made again, what no model FLOP is, and how near kernels come to the peak; FP8 "
+            computing - ideal - beyond,
+            "what is made again, what is no product, and how near kernels come to the peak; FP8 "
             "takes from it",
         ),
         Share(
-            "SMs that communicate",
+            "computation beside communication",
             sharing - computing,
-            "computation beside communication has fewer SMs",
+            "pairs and full backwards have fewer SMs, or cores, to compute with",
         ),
         Share(
             "exposed dispatch and combine",
@@ -87,7 +91,7 @@ def waterfall(
         Share(
             "gaps in pairs",
             busy - exchanging,
-            "launches and waits for other ranks within a pair, as calibrated",
+            "launches and waits for other ranks where two lanes are at work, as calibrated",
         ),
         Share("overhead of actions", with_overhead - busy, "as calibrated"),
         Share("bubble", level - with_overhead, f"of {schedule.name} with even stages"),
@@ -161,7 +165,7 @@ def _rows_only(costs: Costs) -> Costs:
 
 
 def _even(schedule: Schedule, costs: Costs) -> Costs:
-    """The same work, each stage with the mean of all."""
+    """About the same work: each stage takes the mean of all, a pair that of the pairs."""
     times = costs.times(schedule.num_stages)
     number = schedule.num_stages
 

@@ -7,7 +7,7 @@ from typing import NamedTuple, get_args
 
 from ..model import ModelConfig
 from .layout import Kind, Layout
-from .operations import BYTES, FLOAT, FP8_WEIGHT, LayerSum
+from .operations import FLOAT, FP8_WEIGHT, LayerSum
 
 
 class Work(NamedTuple):
@@ -109,7 +109,7 @@ def optimizer_bytes(layout: Layout, *, routed: float, other: float, plain: float
         other: its other parameters.
         plain: those of them that no product in FP8 takes: embedding, head, norms.
     """
-    size = BYTES[layout.dtype]
+    size = layout.itemsize
     wide = max(size, FLOAT)
     moment = 2 if layout.moments == "bfloat16" else wide
     held = routed + other

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from .actions import Action, Op, Step, actions
-from .messages import takers
+from .actions import Action, Op
 from .schedule import Schedule
 from .times import Times
 
@@ -44,21 +43,10 @@ def run(schedule: Schedule, times: Times) -> tuple[list[float], list[float]]:
                 if arrival > arrived[target]:
                     arrived[target] = arrival
             continue
-        for target, action in outgoing(schedule, rank, numbered[step]):
+        for target, action in schedule.outgoing[step]:
             lane[rank] = max(end, lane[rank]) + occupied(times, action)
             arrived[target] = max(arrived[target], lane[rank] + send)
     return starts, ends
-
-
-def outgoing(schedule: Schedule, rank: int, step: Step) -> list[tuple[int, Action]]:
-    """The steps on other ranks that need a step's results, and whose results, as they are sent."""
-    numbers, rank_of = schedule.numbers, schedule.graph.rank_of
-    return [
-        (numbers[taking], action)
-        for action in actions(step)
-        for taking in takers(action, schedule.num_stages)
-        if taking in numbers and rank_of[numbers[taking]] != rank
-    ]
 
 
 def occupied(times: Times, action: Action) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from .actions import Action, Op, Step, actions, dependencies
 from .graph import StepGraph, step_graph
+from .messages import takers
 from .placement import Placement
 
 
@@ -91,6 +92,24 @@ class Schedule:
                     numbers.setdefault(action, number)
                 number += 1
         return numbers
+
+    @cached_property
+    def outgoing(self) -> Sequence[Sequence[tuple[int, Action]]]:
+        """Of each step of `graph`, what it sends to other ranks, in the order of sending.
+
+        The steps there that need a result of it, and the action whose result that is.
+        """
+        numbers, rank_of = self.numbers, self.graph.rank_of
+        steps = (step for row in self.rows for step in row)
+        return [
+            [
+                (numbers[taking], action)
+                for action in actions(step)
+                for taking in takers(action, self.num_stages)
+                if taking in numbers and rank_of[numbers[taking]] != rank
+            ]
+            for step, rank in zip(steps, rank_of, strict=True)
+        ]
 
     @cached_property
     def needs(self) -> Mapping[Action, tuple[Action, ...]]:

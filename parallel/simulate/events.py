@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from ..schedule import Action, Op, Pair, Schedule, Step, Times, verify
-from ..schedule.clock import occupied, outgoing, row_ends, run
+from ..schedule.clock import occupied, row_ends, run
 from .amounts import by_stage
 from .costs import Costs
 
@@ -97,10 +97,10 @@ class Result:
         """The transfers with the steps that make and take them."""
         graph, times = self.plan.graph, self.times
         found: list[Delivery] = []
-        for rank, row in enumerate(self.plan.rows):
+        for rank in range(self.ranks):
             lane = 0.0
-            for number, step in enumerate(row, start=graph.first[rank]):
-                for target, action in outgoing(self.plan, rank, step):
+            for number in range(graph.first[rank], graph.first[rank + 1]):
+                for target, action in self.plan.outgoing[number]:
                     left = max(lane, self.ends[number])
                     lane = left + occupied(times, action)
                     destination = graph.rank_of[target]

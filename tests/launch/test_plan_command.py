@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from counterflow.comm.profile.simulated import read_simulated
+from counterflow.launch.cli import main
 from counterflow.launch.config import Config, load
 from counterflow.launch.plan_layout import layout_of
 from counterflow.launch.plan_options import TOML_HEADER, add_arguments
@@ -141,6 +142,30 @@ def test_the_toml_is_what_train_runs(
     assert told["layout_from"] == str(path)
 
 
+def test_a_layout_that_does_not_fit_is_written_with_a_warning(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "large.toml"
+    large = ("--gpus", "8", "--pp", "2", "--ep", "4", "--batch", "16", "--length", "512")
+    large = (*large, "--schedule", "1f1b", "--dispatcher", "two_hop", "--no-search")
+    last = shown(capsys, *large, "--toml", str(path)).partition("wrote ")[2]
+    second = path.read_text(encoding="utf-8").splitlines()[1]
+    for text in (second, " ".join(last.split())):
+        assert "this layout does not fit in memory: rank 0 needs" in text or "rank 1 needs" in text
+    assert load(path).mesh == MeshShape(pp=2, dp=4, ep=4)
+
+
+def test_an_interrupt_is_told_in_a_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("counterflow.launch.plan_command.read_options", interrupted)
+    assert main(["plan"]) == 130
+    assert capsys.readouterr() == ("", "counterflow: interrupted\n")
+
+
 def test_a_run_s_own_file_is_predicted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     config = replace(Config(), mesh=MeshShape(pp=2, dp=2, ep=2))
     path = tmp_path / "run.toml"
@@ -178,7 +203,9 @@ def without(key: str) -> dict[str, Any]:
         (("--model", "{bad}"), "bad.toml"),
         ((*NOT_SEARCHED, "--routing", "skewd=1"), "did you mean skewed?"),
         ((*NOT_SEARCHED, "--routing", "skewed=x"), "--routing skewed=x"),
-        ((*NOT_SEARCHED, "--stragglers", "99:2"), "no rank 99"),
+        ((*NOT_SEARCHED, "--stragglers", "99:2"), "--stragglers 99:2: there is no rank 99 of 8"),
+        ((*NOT_SEARCHED, "--routing", "gone.json"), "--routing gone.json: there is no such file"),
+        (("--gpus", "9999992", "--pp", "1"), "--gpus: 9999992 GPUs are more than the"),
         ((*NOT_SEARCHED, "--trace", "{bad}"), "bad.toml"),
         ((*NOT_SEARCHED, "--trace", "{phaseless}"), "missing: attn(F), dispatch(F)"),
         ((*NOT_SEARCHED, "--measured", "{lacking}"), "doctor --measure"),

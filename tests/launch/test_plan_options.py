@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
 from counterflow.launch import plan_options
-from counterflow.launch.plan_options import TOML_HEADER, PlanOptions, add_arguments, read_options
+from counterflow.launch.plan_options import (
+    TOML_HEADER,
+    PlanOptions,
+    Sized,
+    add_arguments,
+    read_options,
+)
+from counterflow.predict.cluster import load_cluster
 from counterflow.predict.layout import Dispatcher, DTypeName, Layout, Payload
 
 
@@ -20,20 +28,57 @@ def read(*arguments: str) -> PlanOptions:
     return read_options(parser.parse_args(arguments))
 
 
+def sized(*arguments: str, **cluster: Any) -> Sized:
+    """What is asked for on H800s, but for what `cluster` changes."""
+    return read(*arguments).on(replace(load_cluster("h800"), **cluster))
+
+
 def test_the_defaults_are_those_of_deepseek_v3_s_run() -> None:
     found = read()
-    assert (found.gpus, found.batch, found.length, found.cluster) == (2048, 15360, 4096, None)
-    assert found.search
-    assert not found.fixed
-    assert read("--gpus", "2").batch == 16  # 7.5 a GPU are 15, which no two directions share
+    assert (found.length, found.cluster, found.search, found.fixed) == (4096, None, True, {})
+    on = sized()
+    assert (on.gpus, on.batch) == (2048, 15360)
+
+
+def test_gpus_are_those_of_a_given_mesh_or_else_of_the_cluster() -> None:
+    assert sized(num_gpus=16).gpus == 16
+    assert sized("--gpus", "8", num_gpus=16).gpus == 8
+    assert sized("--pp", "2", "--dp", "4", num_gpus=16).gpus == 8
+    for asked in (("--gpus", "32"), ("--pp", "4", "--dp", "8")):
+        with pytest.raises(ValueError, match="--gpus: 32 GPUs are more than the 16"):
+            sized(*asked, num_gpus=16)
+    with pytest.raises(ValueError, match="--pp 3 does not divide --gpus 16"):
+        sized("--pp", "3", num_gpus=16)
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 16, 24, 256, 4096])
+def test_the_default_batch_is_whole_for_every_number_of_pipeline_ranks(gpus: int) -> None:
+    batch = sized("--gpus", str(gpus)).batch
+    for pp in (pp for pp in range(1, gpus + 1) if gpus % pp == 0):
+        assert batch % (gpus // pp) == 0
+    assert batch == 8 * gpus
+
+
+def test_the_default_batch_is_whole_for_given_sequences() -> None:
+    assert sized("--gpus", "8", "--pp", "1", "--sequences", "3").batch == 72
+    with pytest.raises(ValueError, match="--batch 64 is no multiple of 24"):
+        sized("--gpus", "8", "--pp", "1", "--sequences", "3", "--batch", "64")
+
+
+def test_a_machine_without_sms_keeps_none_unless_asked_to() -> None:
+    cpu = replace(load_cluster("h800").gpu, num_sms=0)
+    asked = ("--gpus", "8", "--pp", "2", "--ep", "2", "--no-search")
+    assert sized(*asked, gpu=cpu).layout().comm_sms is None
+    assert sized(*asked, "--comm-sms", "12", gpu=cpu).layout().comm_sms == 12
+    assert sized(*asked).layout().comm_sms == Layout().comm_sms == 20
 
 
 def test_what_is_given_fixes_fields_of_a_layout() -> None:
-    found = read(
+    found = sized(
         *("--gpus", "64", "--pp", "8", "--ep", "4", "--batch", "32", "--comm-sms", "0"),
         *("--fp8", "off", "--layers", "4/4/3", "--dispatcher", "two_hop", "--no-search"),
     )
-    assert found.given_layout() == Layout(
+    assert found.layout() == Layout(
         pp=8, dp=8, ep=4, microbatches=4, comm_sms=None, fp8=False, layers=(4, 4, 3),
         dispatcher="two_hop",
     )  # fmt: skip
@@ -41,7 +86,7 @@ def test_what_is_given_fixes_fields_of_a_layout() -> None:
 
 def test_a_batch_follows_from_a_layout_that_says_it() -> None:
     given = ("--pp", "2", "--dp", "4", "--microbatches", "6", "--sequences", "3")
-    found = read(*given)
+    found = sized(*given)
     assert (found.gpus, found.batch) == (8, 72)
 
 
@@ -79,6 +124,7 @@ def test_choices_are_the_layout_s() -> None:
         (("--model", "/nowhere/config.json"), "there is no such file"),
         (("--html", "plan.txt"), "must end in .html"),
         (("--json", "--simulated", "/nowhere/s.json"), "there is no directory"),
+        (("--html", "/proc/x.html"), "--html /proc/x.html: no file can be made in /proc"),
         (("--toml", ""), "ending in .toml"),
         (("--html", "a.html", "--toml", "b.toml", "--simulated", "-"), "--simulated '-'"),
     ],
@@ -110,15 +156,15 @@ def test_a_run_s_file_says_all_of_its_layout(tmp_path: Path) -> None:
 
 def test_a_single_layout_needs_what_cannot_be_guessed() -> None:
     with pytest.raises(ValueError, match="--no-search needs --ep"):
-        read("--pp", "16", "--no-search").given_layout()
+        sized("--pp", "16", "--no-search").layout()
     with pytest.raises(ValueError, match="--batch 100 is no multiple of 128"):
         read("--gpus", "512", "--pp", "4", "--ep", "8", "--batch", "100")
 
 
-def test_a_file_that_a_person_wrote_is_not_written_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", ["[run]", f"{TOML_HEADER}: so and so."])
+def test_a_run_s_file_is_not_written_over(tmp_path: Path, first: str) -> None:
     path = tmp_path / "run.toml"
-    path.write_text("[run]\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="was not written by this command"):
-        read("--toml", str(path))
-    path.write_text(f"{TOML_HEADER}: so and so.\n", encoding="utf-8")
     assert read("--toml", str(path)).outputs[0].path == path
+    path.write_text(f"{first}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="is there already.* name another one, or remove it"):
+        read("--toml", str(path))

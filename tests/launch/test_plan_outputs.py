@@ -6,15 +6,20 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from counterflow.launch.outputs import Output
+from counterflow.launch.plan_answer import Candidate
 from counterflow.launch.plan_charts import stacked, times, waterfall
 from counterflow.launch.plan_json import to_json
 from counterflow.launch.plan_page import to_html
-from counterflow.launch.plan_text import print_answer
+from counterflow.launch.plan_text import blocks, print_answer, print_written
+from counterflow.launch.plan_words import runs, search_cells
 from counterflow.parallel.simulate.phases import FORWARD, NAMES, compose
+from counterflow.predict.layout import Layout
 from counterflow.predict.prediction import RankMemory, Share
 from tests.launch.made_up_plan import GIB, made_up_answer, made_up_prediction
 
@@ -67,6 +72,81 @@ def test_categories_that_nothing_has_are_left_out(capsys: pytest.CaptureFixture[
     text = shown(capsys)
     assert "unused" not in text
     assert "saved on rank 0, GiB: FP8 activations 12.00" in text
+
+
+def test_the_layers_of_the_stages_are_told_where_no_one_gave_them(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    answer = made_up_answer()
+    found = answer.prediction
+    assert found.layout.layers is None
+    cut = [len(part.layers) for part in found.layout.parts(found.model, 2)]
+    assert f"layers of the stages {runs(cut)};" in " ".join(shown(capsys, answer).split())
+    told = to_json(answer)["layout"]
+    assert isinstance(told, dict)
+    assert list(told["layers"]) == cut
+    assert f'<td class="words">{runs(cut)}</td>' in to_html(answer)
+    assert runs([3, 4, 4, 4, 2]) == "3, 3x4, 2"
+
+
+def _rows(best: list[Layout]) -> list[Candidate]:
+    return [Candidate(layout, 1.0, 1.0, 0.4, GIB) for layout in best]
+
+
+def test_rows_of_the_search_s_table_that_look_the_same_are_the_same() -> None:
+    layout = Layout(pp=2, dp=2, ep=2)
+    for changed in (
+        {"fp8": False},
+        {"comm_sms": 12},
+        {"payload": "bf16"},
+        {"recompute_norms": False},
+        {"zero": 0},
+        {"moments": "float32"},
+        {"layers": (30, 31)},
+    ):
+        best = _rows([layout, replace(layout, **changed)])
+        cells, alike = search_cells(best)
+        first, second = ([cell(of) for cell in cells.values()] for of in best)
+        assert first != second, changed
+        assert len(cells) == 10
+    cells, alike = search_cells(_rows([layout, replace(layout, pp=1, layers=(61,))]))
+    assert not {"FP8", "layers"} & cells.keys()
+    assert "FP8 on; dispatch deep_ep fp8 20; made again norms up; ZeRO 1" in alike
+
+
+def test_tables_keep_to_the_terminal_s_width() -> None:
+    head = ["name", *map(str, range(16))]
+    body = [["weights", *["123.45"] * 16], ["total", *[f"{100 + i}.00!" for i in range(16)]]]
+    whole = blocks(head, body, 200)
+    assert whole == [(head, body)]
+    parts = blocks(head, body, 60)
+    assert len(parts) > 1
+    for names, rows in parts:
+        widths = [max(map(len, cells)) + 2 for cells in zip(names, *rows, strict=True)]
+        assert sum(widths) - 2 <= 60
+    assert [name for names, _ in parts for name in names[1:]] == head[1:]
+    assert [cell for _, rows in parts for cell in rows[1][1:]] == body[1][1:]
+    assert len(blocks(head, body, 1)) == 16
+
+
+def test_what_the_host_holds_is_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    answer = made_up_answer()
+    held = RankMemory(answer.prediction.memory[0].parts, 3 * GIB, 2 * GIB)
+    found = replace(answer.prediction, memory=(held, held))
+    text = shown(capsys, replace(answer, prediction=found))
+    assert lines_with(text, "host: moving average")[0][-1] == "1.00"
+    assert lines_with(text, "host: checkpoint's copy")[0][-1] == "2.00"
+    assert "checkpoint's copy" not in shown(capsys)
+
+
+def test_a_written_run_that_does_not_fit_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    files = [Output("--html", Path("a.html")), Output("--toml", Path("a.toml"))]
+    print_written(made_up_answer(), files)
+    assert capsys.readouterr().out == "wrote a.html\nwrote a.toml\n"
+    print_written(made_up_answer(memory_gib=40), files)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "wrote a.html wrote a.toml; this layout does not fit in memory: rank 0 needs" in text
+    assert text.endswith("21.00 GiB more than the 40.00 GiB of a GPU")
 
 
 def test_layouts_that_cannot_be_are_counted_by_constraint(

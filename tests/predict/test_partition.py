@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -75,10 +76,12 @@ def test_the_fastest_of_nearly_even_cuts_is_taken() -> None:
     wanted = (3, 2, 3, 2)
     asked: list[Cut] = []
 
-    def makespan(cut: Cut) -> float:
-        asked.append(cut)
-        return sum(abs(size - other) for size, other in zip(cut, wanted, strict=True))
+    def makespans(cuts: Sequence[Cut]) -> list[float]:
+        asked.extend(cuts)
+        return [
+            sum(abs(size - other) for size, other in zip(cut, wanted, strict=True)) for cut in cuts
+        ]
 
-    assert best_cut(costs, placement, makespan) == wanted
+    assert best_cut(costs, placement, makespans, [even_cut(costs, placement)]) == wanted
     assert len(asked) == len(set(asked)), "each is simulated once"
     assert all(max(cut) <= 3 for cut in asked), "only those near the even one"

@@ -99,8 +99,13 @@ def composed_costs(
     def pair(f: int, b: int) -> float:
         if not overlap:
             return one_lane(FORWARD, stages[f]) + one_lane((*BACKWARD, *WEIGHTS), stages[b])
-        forward, backward = ([each.paired for each in stages[s]] for s in (f, b))
-        return duration(compose(order, forward, backward[::-1]))
+        backward = [each.paired for each in stages[b][::-1]]
+        # What the forward has more has nothing beside it.
+        forward = [
+            each.paired if place < len(backward) else each.alone
+            for place, each in enumerate(stages[f])
+        ]
+        return duration(compose(order, forward, backward))
 
     def whole(s: int) -> float:
         if not overlap:
@@ -231,7 +236,8 @@ class Walk:
                 if place >= len(chunks[way]):
                     continue
                 layer, rows, busiest = chunks[way][place]
-                ms = (layer.paired if paired else layer.alone)[name]
+                beside = paired and (way == "B" or place < len(chunks["B"]))
+                ms = (layer.paired if beside else layer.alone)[name]
                 begin = {
                     d: max(lanes[lane, d], done.get((NEEDS.get(name, ""), d), data[way, d]))
                     for d in start
