@@ -46,6 +46,13 @@ class Reason(NamedTuple):
         return f"{self.key}: {self.what}; {self.remedy}"
 
 
+def keep_nearest(reasons: dict[str, Reason], reason: Reason) -> None:
+    """Keep one reason of each constraint: of memory what lacks least, else the first."""
+    known = reasons.setdefault(reason.key, reason)
+    if reason.over < known.over:
+        reasons[reason.key] = reason
+
+
 # The constraints in the order in which they are looked at.
 KEYS = (
     "mesh",

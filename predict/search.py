@@ -20,7 +20,7 @@ from ..model import ModelConfig
 from .calibration import Calibration
 from .cluster import Cluster
 from .estimate import Estimator
-from .feasible import Reason, schedule_of, size_of
+from .feasible import Reason, keep_nearest, schedule_of, size_of
 from .layout import Layout
 from .memory import rank_memory
 from .routing import Routing
@@ -114,9 +114,7 @@ def rank(
                     taken.append(layout)
                 else:
                     found.infeasible[reason.key] += 1
-                    known = found.reasons.setdefault(reason.key, reason)
-                    if reason.over < known.over:  # what comes nearest says most
-                        found.reasons[reason.key] = reason
+                    keep_nearest(found.reasons, reason)
             if place == start:  # what is left cannot be among the best
                 found.num_pruned += len(family) - place
                 break
@@ -265,6 +263,8 @@ def search(
             progress=progress,
         )
         chosen = [estimator.refined(estimator.cut(one.layout)) for one in ranking.best]
+    for reason in ranking.reasons.values():
+        keep_nearest(found.reasons, reason)
     best = [_found(model, cluster, layout, calibration, routing) for layout in chosen]
     return SearchResult(
         best=tuple(sorted(best, key=lambda one: one.step_ms)),
@@ -272,7 +272,7 @@ def search(
         num_evaluated=ranking.num_evaluated,
         num_pruned=ranking.num_pruned,
         infeasible=found.infeasible + ranking.infeasible,
-        reasons={**ranking.reasons, **found.reasons},
+        reasons=found.reasons,
         seconds=monotonic() - started,
     )
 

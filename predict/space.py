@@ -12,7 +12,7 @@ from ..model import ModelConfig
 from ..parallel.schedule import names
 from ..parallel.schedule.named.catalogue import options
 from .cluster import Cluster
-from .feasible import Reason, why_not_placed
+from .feasible import Reason, keep_nearest, why_not_placed
 from .layout import Dispatcher, Layout, Payload
 
 
@@ -91,7 +91,7 @@ class Candidates:
     def refuse(self, reason: Reason, count: int) -> None:
         """Count layouts that cannot be."""
         self.infeasible[reason.key] += count
-        self.reasons.setdefault(reason.key, reason)
+        keep_nearest(self.reasons, reason)
 
 
 def candidates(

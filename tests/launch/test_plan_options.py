@@ -166,5 +166,5 @@ def test_a_run_s_file_is_not_written_over(tmp_path: Path, first: str) -> None:
     path = tmp_path / "run.toml"
     assert read("--toml", str(path)).outputs[0].path == path
     path.write_text(f"{first}\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="is there already.* name another one, or remove it"):
+    with pytest.raises(ValueError, match=r"is there already.* name another one, or remove it"):
         read("--toml", str(path))
