@@ -214,9 +214,11 @@ def test_what_does_not_exist_stands_under_the_comparison(
 
 
 def test_a_file_is_compared_under_its_path(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = str(tmp_path / "dualpipe.csv")
+    monkeypatch.chdir(tmp_path)  # a longer path would be cut at the edge of the terminal
+    file = "mine/dualpipe.csv"
+    Path("mine").mkdir()
     shown(capsys, *SIZES, "--csv", file)
     found = printed(capsys, "--schedule", file, *PAIR, "--compare")
     rows = {row["schedule"]: row["makespan"] for row in found["schedules"]}
