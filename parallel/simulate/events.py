@@ -287,7 +287,8 @@ def _finish(schedule: Schedule, costs: Costs, last: list[float]) -> tuple[tuple[
     then the ranks that hold a stage sum its copies, for which all of them must have come; then,
     when every rank has its gradients, and their norm with them, each updates its parameters. (This
     project's trainer first sums the losses over the pipeline, so that no rank reduces before the
-    last row has ended.)
+    last row has ended; with ZeRO-1 a stage's gradients leave as soon as it has ended, and
+    parameters are gathered beside the next step's beginning.)
     """
     stages = range(schedule.num_stages)
     reduce, mirror, optimizer = (
