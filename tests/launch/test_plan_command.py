@@ -128,9 +128,13 @@ def test_a_search_keeps_to_what_is_given_and_shows_the_best_first(
 
 
 def test_the_toml_is_what_train_runs(
-    capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    path = tmp_path / "best.toml"
+    monkeypatch.chdir(tmp_path)  # a longer path would be cut at the edge of the terminal
+    path = Path("best.toml")
     text = shown(capsys, "--model", model, *SEARCHED, "--toml", str(path))
     assert f"wrote {path}" in text
     assert path.read_text(encoding="utf-8").startswith(TOML_HEADER)
@@ -143,9 +147,10 @@ def test_the_toml_is_what_train_runs(
 
 
 def test_a_layout_that_does_not_fit_is_written_with_a_warning(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "large.toml"
+    monkeypatch.chdir(tmp_path)
+    path = Path("large.toml")
     large = ("--gpus", "8", "--pp", "2", "--ep", "4", "--batch", "16", "--length", "512")
     large = (*large, "--schedule", "1f1b", "--dispatcher", "two_hop", "--no-search")
     last = shown(capsys, *large, "--toml", str(path)).partition("wrote ")[2]
