@@ -33,25 +33,8 @@ from .machine import write_result
 TRACE = Path(__file__).resolve().parents[2] / "shared" / "data" / "h800-train-pair.json.gz"
 PARTS = ("facts", "v3", "runs")
 
-# The published config.json of DeepSeek-V2, as far as it decides sizes.
-V2 = ModelConfig(
-    vocab_size=102400,
-    hidden_size=5120,
-    intermediate_size=12288,
-    moe_intermediate_size=1536,
-    num_hidden_layers=60,
-    first_k_dense_replace=1,
-    num_attention_heads=128,
-    n_routed_experts=160,
-    n_shared_experts=2,
-    num_experts_per_tok=6,
-    n_group=8,
-    topk_group=3,
-    scoring_func="softmax",
-    topk_method="group_limited_greedy",
-    norm_topk_prob=False,
-    routed_scaling_factor=16.0,
-    num_nextn_predict_layers=0,
+V2 = ModelConfig.from_hf(
+    Path(__file__).parents[1] / "tests" / "model" / "data" / "deepseek-v2.json"
 )
 
 

@@ -7,7 +7,6 @@ phases a chunk has, and on which lanes, is the same for all layouts of a model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +15,7 @@ from ..parallel.schedule import Op
 from ..parallel.schedule.interleaving import PUBLISHED_ORDER
 from ..parallel.simulate.phases import (
     BACKWARD,
+    BEFORE,
     COMMUNICATION,
     COMPUTE,
     FORWARD,
@@ -31,11 +31,6 @@ Chunk = tuple[int, ...]
 """The layers of a stage in the order of the forward, each as an index into a table of layers."""
 
 _Layer = Mapping[str, Floats]
-_NEEDS = {
-    **{after: before for before, after in pairwise(FORWARD)},
-    **{after: before for before, after in pairwise(BACKWARD)},
-    **WEIGHTS,
-}
 _BACKWARD_ORDER = tuple(name for name in PUBLISHED_ORDER if name not in FORWARD)
 _SINGLE = {Op.F: FORWARD, Op.I: BACKWARD, Op.W: tuple(WEIGHTS)}
 
@@ -103,7 +98,7 @@ class ChunkTimes:
                 if layer >= len(layers):
                     continue
                 lane = lane_of(name)
-                ready = ended[_NEEDS[name]] if name in _NEEDS else reached[way]
+                ready = ended[BEFORE[name]] if name in BEFORE else reached[way]
                 ended[name] = free[lane] = np.maximum(free[lane], ready) + layers[layer][name]
             for way in reached:
                 reached[way] = ended.get(way[-1], reached[way])

@@ -8,20 +8,14 @@ kind of step, and the ranks' times are then filled in.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 from ..parallel.schedule import Op, Pair, Step
-from ..parallel.simulate.phases import BACKWARD, COMPUTE, FORWARD, WEIGHTS, lane_of
+from ..parallel.simulate.phases import BACKWARD, BEFORE, COMPUTE, FORWARD, WEIGHTS, lane_of
 from .times import LayerTimes
 
 START = -1  # in place of a phase's number: the start of the step
 NEEDS_NO_OTHER = -2
-# Per phase the one of its layer that it needs.
-_NEEDS = {
-    **{after: before for chain in (FORWARD, BACKWARD) for before, after in pairwise(chain)},
-    **WEIGHTS,
-}
 
 
 class Phase(NamedTuple):
@@ -136,7 +130,7 @@ class _Builder:
                 layers = forward if direction == "F" else backward
                 if place >= len(layers):
                     continue
-                ready = ended.get(_NEEDS.get(name, ""), data[direction])
+                ready = ended.get(BEFORE.get(name, ""), data[direction])
                 beside = self._lanes and (direction == "B" or place < len(backward))
                 ended[name] = self._issue(name, layers[place], ready, beside=beside)
             for direction, last in (("F", FORWARD[-1]), ("B", BACKWARD[-1])):

@@ -159,7 +159,8 @@ _ORDERED = (
     *pairwise(BACKWARD),
     *((of, name) for name, of in WEIGHTS.items()),
 )
-_BEFORE = {after: before for before, after in _ORDERED}
+BEFORE = {after: before for before, after in _ORDERED}
+"""Of each phase, the one of its layer that it needs; of a chain's first, none."""
 
 
 def lane_of(name: str) -> str:
@@ -190,7 +191,7 @@ def compose(
                 continue
             lane = lane_of(name)
             direction = "F" if name in FORWARD else "B"
-            ready = ended.get(_BEFORE.get(name, ""), data[direction])
+            ready = ended.get(BEFORE.get(name, ""), data[direction])
             start = max(free[lane], ready)
             free[lane] = ended[name] = start + layers[layer][name]
             spans.append(PhaseSpan(name, layer, lane, start, ended[name]))
