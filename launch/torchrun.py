@@ -104,7 +104,7 @@ def start(
                 was_stopped=stopped,
                 nothing_to_lose=nothing_to_lose,
             )
-            with agent.signals():
+            with agent.signals(), council.naming_the_lost():
                 agent.run()
     except SignalException as error:
         if agent is not None and agent.stopped:

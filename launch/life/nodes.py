@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -106,9 +107,29 @@ class Council:
         self._own = dist.PrefixStore(  # pyright: ignore[reportPrivateImportUsage]
             f"agents/{nodes.run_id}", self.store
         )
-        self._come("come")
         late = "has not come to {where} within {limit:g} s"
-        self._await_all("come", limit_s, late, at_start=True)
+        with self.naming_the_lost():
+            self._come("come")
+            self._await_all("come", limit_s, late, at_start=True)
+
+    @contextmanager
+    def naming_the_lost(self) -> Iterator[None]:
+        """Within, what torch raises when node 0 goes in the midst of a question becomes NodeError.
+
+        Raises:
+            NodeError: node 0 is gone, and the store with it, or does not answer.
+        """
+        try:
+            yield
+        except dist.DistError as error:
+            if self._lifeline is None:  # the store is this process's own
+                raise
+            end = time.monotonic() + _QUIET_S
+            while time.monotonic() < end:
+                self.check()  # a process that is killed closes one connection after the other
+                time.sleep(_RETRY_S)
+            why = str(error).splitlines()[0]
+            raise NodeError(f"node 0 ({self.nodes.master_addr}) gives no answer: {why}") from None
 
     def check(self) -> None:
         """Raises:

@@ -220,12 +220,16 @@ def test_machines_stop_together_and_each_knows_that_the_run_was_stopped(
     assert first.errors() == second.errors() == []
 
 
+@pytest.mark.parametrize("asked", [False, True])
 def test_a_machine_whose_first_one_is_gone_ends_with_its_ranks(
-    launch: Callable[..., Launcher],
+    launch: Callable[..., Launcher], asked: bool
 ) -> None:
     port = free_port()
     first, second = (launch("wait", node, port=port) for node in ("0", "1"))
     first.pids()
+    if asked:  # the second is in the midst of a question when the first goes
+        first.process.send_signal(signal.SIGSTOP)
+        time.sleep(2)
     first.process.kill()
     assert second.end() == FAILED
     assert second.errors()[-1] == "counterflow: error: node 1: node 0 (127.0.0.1) is gone"
