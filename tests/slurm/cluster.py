@@ -112,7 +112,11 @@ def why_not() -> str | None:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The cluster's folder and the environment in which Slurm's commands reach it."""
+    """The cluster's folder and the environment in which Slurm's commands reach it.
+
+    A job is told by its number; a task of an array by "ARRAY_INDEX", as the last one's number
+    stands for all of them.
+    """
 
     folder: Path
     environ: Mapping[str, str] = field(repr=False)
@@ -148,7 +152,7 @@ class Cluster:
         """Submit a batch script as it is; its job's id."""
         return int(self.ask("sbatch", "--parsable", *options, given=script, cwd=cwd).split(";")[0])
 
-    def job(self, job: int) -> dict[str, str]:
+    def job(self, job: int | str) -> dict[str, str]:
         """What the controller knows of a job: JobState, Restarts, NodeList, StdOut and so on."""
         text = self.ask("scontrol", "show", "job", str(job), "--oneliner")
         return dict(re.findall(r"(\S+?)=(.*?)(?= \S+?=|$)", text.strip()))
@@ -161,7 +165,7 @@ class Cluster:
         """Ids of all jobs that wait or run."""
         return [int(line) for line in self.ask("squeue", "--noheader", "--format=%A").split()]
 
-    def release(self, job: int) -> None:
+    def release(self, job: int | str) -> None:
         """Let a requeued job start soon; Slurm would wait two minutes with that.
 
         Not within the second in which it ended: its nodes refuse every start older than that.
@@ -179,7 +183,7 @@ class Cluster:
 
         self.until(released, f"job {job} to start", job)
 
-    def set_time_limit(self, job: int, *, left_s: int) -> None:
+    def set_time_limit(self, job: int | str, *, left_s: int) -> None:
         """Give a job a time limit that leaves it at most this long from now, and a minute less."""
         days, _, clock = self.job(job)["RunTime"].rpartition("-")
         hours, minutes, seconds = map(int, clock.split(":"))
@@ -187,7 +191,7 @@ class Cluster:
         limit = (ran_s + left_s) // 60
         self.ask("scontrol", "update", f"jobid={job}", f"timelimit={limit}")
 
-    def wait(self, job: int, *states: str, output: Path | None = None) -> dict[str, str]:
+    def wait(self, job: int | str, *states: str, output: Path | None = None) -> dict[str, str]:
         """Wait until a job is in one of these states, and return what `job` does.
 
         Raises:
@@ -204,7 +208,7 @@ class Cluster:
         self,
         holds: Callable[[], bool],
         what: str,
-        job: int | None = None,
+        job: int | str | None = None,
         *,
         output: Path | None = None,
         timeout_s: float = WAIT_S,
@@ -232,7 +236,9 @@ class Cluster:
                 raise self.failure(f"waited {timeout_s:g} s for {what}", job, output)
             time.sleep(_POLL_S)
 
-    def failure(self, what: str, job: int | None = None, output: Path | None = None) -> SlurmError:
+    def failure(
+        self, what: str, job: int | str | None = None, output: Path | None = None
+    ) -> SlurmError:
         """An error with the last lines of the job and of the daemons."""
         parts = [what]
         if job is not None:

@@ -106,18 +106,22 @@ class Job:
 
     Attributes:
         slurm: where.
-        id: of the job.
+        id: its number.
         folder: of the run, FOLDER/NAME.
+        file: where the job's output goes.
+        task: "ARRAY_INDEX" of a task of an array.
     """
 
     slurm: Cluster
     id: int
     folder: Path
+    file: Path
+    task: str = ""
 
     @property
-    def file(self) -> Path:
-        """Where the job's output goes."""
-        return self.folder / "slurm" / f"job-{self.id}.out"
+    def name(self) -> str:
+        """By which Slurm's commands know it."""
+        return self.task or str(self.id)
 
     def output(self) -> str:
         """What the job has written so far."""
@@ -138,11 +142,11 @@ class Job:
 
     def wait(self, *states: str) -> dict[str, str]:
         """Wait until the job is in one of these states."""
-        return self.slurm.wait(self.id, *states, output=self.file)
+        return self.slurm.wait(self.name, *states, output=self.file)
 
     def until(self, holds: Callable[[], bool], what: str) -> None:
         """Wait until `holds()`; the job has to bring it about."""
-        self.slurm.until(holds, what, self.id, output=self.file)
+        self.slurm.until(holds, what, self.name, output=self.file)
 
     def wait_for_checkpoint(self, after: int = 0) -> None:
         """Wait until a checkpoint of a step above `after` is finished."""
@@ -156,7 +160,7 @@ class Job:
         """Wait until the job has been queued again so many times, and waits."""
 
         def there() -> bool:
-            known = self.slurm.job(self.id)
+            known = self.slurm.job(self.name)
             return known["Restarts"] == str(restarts) and known["JobState"] == "PENDING"
 
         self.until(there, f"requeue {restarts}")
@@ -176,7 +180,7 @@ class Job:
         try:
             if sorted(ranks) != list(range(world_size)):
                 raise self.slurm.failure(
-                    f"ranks {sorted(ranks)} train, not {world_size}", self.id, self.file
+                    f"ranks {sorted(ranks)} train, not {world_size}", self.name, self.file
                 )
             self.until(lambda: all(stands_still(p.pid) for p in ranks.values()), "ranks to stand")
             yield ranks
@@ -227,7 +231,37 @@ def submit(slurm: Cluster, cwd: Path, options: Sequence[str], train: Sequence[st
     options = ["--nodes", "2", "--ranks-per-node", "1", *options]
     done = launch(slurm, cwd, options, [config.name, *train])
     assert done.returncode == 0, done.stderr
-    return Job(slurm, job_id(done.stdout), cwd / "runs" / "tiny")
+    return of_run(slurm, job_id(done.stdout), cwd / "runs" / "tiny")
+
+
+def of_run(slurm: Cluster, number: int, folder: Path) -> Job:
+    """The job `number`, which is of one run alone."""
+    return Job(slurm, number, folder, folder / "slurm" / f"job-{number}.out")
+
+
+def submit_array(slurm: Cluster, cwd: Path, names: Sequence[str]) -> list[Job]:
+    """Launch the tiny configuration under several names as one job array; wait until all run."""
+    text = write_tiny(cwd).read_text()
+    for name in names:
+        (cwd / f"{name}.toml").write_text(text.replace('name = "tiny"', f'name = "{name}"'))
+    options = ["--nodes", "2", "--ranks-per-node", "1", *(f"--array={name}.toml" for name in names)]
+    done = launch(slurm, cwd, options, [])
+    assert done.returncode == 0, done.stderr
+    array = job_id(done.stdout)
+    ids: dict[int, int] = {}
+
+    def all_run() -> bool:
+        told = slurm.ask("squeue", "--noheader", "--states=running", "--format=%F %K %A")
+        rows = [tuple(map(int, line.split())) for line in told.splitlines()]
+        ids.update({index: number for of, index, number in rows if of == array})
+        return len(ids) == len(names)
+
+    slurm.until(all_run, f"the tasks of {array} to run", array)
+    output = cwd / "runs" / names[0] / "slurm"
+    return [
+        Job(slurm, ids[i], cwd / "runs" / name, output / f"job-{array}_{i}.out", f"{array}_{i}")
+        for i, name in enumerate(names)
+    ]
 
 
 def job_id(output: str) -> int:

@@ -60,7 +60,7 @@ def finished(shared_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) 
     assert not (cwd / "r u n s").exists()
     done = runs.launch(shared_cluster, cwd, options, train, environ)
     assert done.returncode == 0, done.stderr
-    job = Job(shared_cluster, runs.job_id(done.stdout), cwd / "r u n s" / NAME)
+    job = runs.of_run(shared_cluster, runs.job_id(done.stdout), cwd / "r u n s" / NAME)
     with job.training(NODES) as ranks:
         assert all(process.environ["PATH"] == "/nowhere" for process in ranks.values())
         nodes = {rank: process.node for rank, process in ranks.items()}

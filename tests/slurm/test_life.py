@@ -75,6 +75,21 @@ def test_a_run_that_is_preempted_saves_makes_room_and_goes_on(
     assert runs.curve(job.folder) == uninterrupted
 
 
+def test_a_task_of_an_array_is_queued_again_by_itself_and_the_other_is_left_alone(
+    slurm: Cluster, tmp_path: Path, uninterrupted: list[dict[str, Any]]
+) -> None:
+    first, second = runs.submit_array(slurm, tmp_path, ["first", "second"])
+    with second.training() as ranks:
+        slurm.ask("scancel", "--signal=USR1", second.name)
+        second.wait_for_signal(ranks)
+    second.wait_for_requeue(1)
+    slurm.release(second.name)
+    for job, restarts in ((first, "0"), (second, "1")):
+        assert job.wait("COMPLETED")["Restarts"] == restarts
+        assert runs.curve(job.folder) == uninterrupted
+        assert f"results are in {job.folder}" in job.output()
+
+
 @pytest.mark.parametrize("which", ["head", "other"])
 def test_a_run_that_loses_a_node_goes_on_elsewhere_from_its_last_checkpoint(
     slurm: Cluster, tmp_path: Path, uninterrupted: list[dict[str, Any]], which: str
