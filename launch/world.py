@@ -183,7 +183,7 @@ def _await_all(store: Store, place: Place, timeout_s: float) -> None:
             shown = store.get("late/ranks").decode()
             # The store may go with this process: let the others read it. And the end of one may end
             # all, so whoever tells it goes first.
-            time.sleep((3 if first else 6) * pause_s)
+            time.sleep(max(2.0, 3 * pause_s) * (1 if first else 2))
             message = _not_joined(place, _late(place, timeout_s, f" from {shown}"))
             raise CommError(message) if first else ToldError(message)
         time.sleep(pause_s)

@@ -35,6 +35,7 @@ _PROCESS_BYTES = 350 << 20
 _MESSAGES = 4  # of a pipeline rank that are on their way or received ahead
 _UPDATED_BYTES = 3 * 4 << 22  # that AdamW with bfloat16 moments works with, piece by piece
 _BLOCK = 128**2  # numbers of a weight in FP8 that share a scale
+BUCKET_BYTES = 32 << 20  # of gradients in one message (`parallel.zero`, which needs torch)
 _AVERAGE_BYTES = 4  # of a number of the moving average, a float32
 
 STATES = ("weights", "master weights", "gradients", "moments")
@@ -44,7 +45,7 @@ ACTIVATIONS = (
     "activations of dense layers",
     "activations of heads",
 )
-EXCHANGED = ("pipeline messages", "dispatch buffers")
+EXCHANGED = ("pipeline messages", "dispatch buffers", "ZeRO buffers")
 ALLOWANCE = ("NCCL buffers", "context", "fragmentation")
 
 # What is predicted and not estimated.
@@ -69,6 +70,7 @@ class States(NamedTuple):
         copies: float32 masters that AdamW has of parameters below float32; ZeRO shares them out.
         moments: both of AdamW; ZeRO shares them out.
         update: that the optimizer works with.
+        buckets: of ZeRO's messages, beside the gradients, once the backwards have ended.
         averaged: bytes of the moving average, where there is one.
     """
 
@@ -79,6 +81,7 @@ class States(NamedTuple):
     copies: int
     moments: int
     update: int
+    buckets: int
     averaged: int
 
     @property
@@ -178,6 +181,7 @@ def _ranks(
             "working memory": max(working, states.update - peak.total),
             "pipeline messages": messages,
             "dispatch buffers": buffers,
+            "ZeRO buffers": max(0, states.buckets - peak.total),
         }
         sizes |= _allowance(sum(sizes.values()), device)
         staging = 0
@@ -280,8 +284,44 @@ def _states(
     return States(
         *(sums[name] for name in ("weights", "masters", "fp8", "gradients", "copies", "moments")),
         update=update,
+        buckets=_buckets(model, parts, storage, sharing, device) if sharing.zero else 0,
         averaged=sums["averaged"],
     )
+
+
+def _buckets(
+    model: ModelConfig,
+    parts: tuple[Part, ...],
+    storage: Storage,
+    sharing: _Sharing,
+    device: Device,
+) -> int:
+    """Bytes of ZeRO's messages beside the gradients, whose place packed ones take.
+
+    First one more bucket than there are gradients is packed, and shares of the sums arrive; gloo,
+    which the CPU has, adds up on a copy. Then, gradients being gone, shares of the parameters are
+    sent and wholes arrive.
+    """
+    reduced = gathered = 0
+    for parameter, count in _alike(model, parts):
+        sharers = _sharers(parameter, sharing)
+        if sharers == 1:
+            continue
+        numel, size = parameter.numel // (sharing.ep if parameter.routed else 1), parameter.itemsize
+        shared = -(-numel // sharers)
+        copy = numel * storage.wide if device == "cpu" else 0
+        reduced += count * (shared * storage.wide + copy)
+        arriving = (numel + shared) * size(storage)
+        gathered += count * (shared * storage.wide + arriving - numel * storage.wide)
+    largest = 0
+    for part in parts:  # a bucket's parameters are of one stage, group and dtype
+        kinds: dict[tuple[bool, int], list[int]] = {}
+        for parameter in inventory(model, part):
+            num_bytes = parameter.numel * storage.wide // (sharing.ep if parameter.routed else 1)
+            kinds.setdefault((parameter.routed, parameter.itemsize(storage)), []).append(num_bytes)
+        for sizes in kinds.values():
+            largest = max(largest, min(sum(sizes), max(BUCKET_BYTES, *sizes)))
+    return max(reduced + largest, gathered, 0)
 
 
 @lru_cache(maxsize=4096)

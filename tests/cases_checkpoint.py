@@ -310,24 +310,25 @@ def disk_full(rank: int, world: int, folder: str) -> list[str]:
 
 
 @contextmanager
-def held_back() -> Iterator[threading.Event]:
-    """Files are written when the event is set, and not before."""
-    go = threading.Event()
+def held_back() -> Iterator[tuple[threading.Event, threading.Event]]:
+    """Files are written when the first event is set, and not before; the second: one is due."""
+    go, due = threading.Event(), threading.Event()
     real = storage.write_file
 
     def late(*arguments: Any) -> Any:
+        due.set()
         assert go.wait(30)
         return real(*arguments)
 
     with mock.patch.object(storage, "write_file", late):
-        yield go
+        yield go, due
 
 
 def change_after_save(rank: int, world: int, folder: str) -> tuple[float, list[int]]:
     """Training goes on while a checkpoint is written, and what is written is what was saved."""
     checkpoints = store(folder)
     mine = value_pieces(rank, world, 1.0)
-    with held_back() as go:
+    with held_back() as (go, _):
         checkpoints.save(1, State(mine))
         assert checkpoints.poll() == []
         for piece in mine:
@@ -344,7 +345,7 @@ def change_after_save(rank: int, world: int, folder: str) -> tuple[float, list[i
 
 def one_stays_away(rank: int, world: int, folder: str) -> tuple[list[str], list[str], float]:
     """Rank 1 does not save; the other is told so within its limit, and that its run must end."""
-    checkpoints = store(folder, timeout_s=1.5)
+    checkpoints = store(folder, timeout_s=8.0)
     begun = time.monotonic()
     if rank == 0:
         checkpoints.save(3, State(value_pieces(rank, world, 1)))
@@ -386,8 +387,12 @@ def one_dies(rank: int, world: int, folder: str, told: str) -> None:
 def stuck_disk(rank: int, world: int, folder: str) -> list[str]:
     """A file that is never written: waiting ends, later saves are refused, and all is told."""
     checkpoints = store(folder, timeout_s=1.0)
-    with held_back() as go, mock.patch("counterflow.launch.checkpoint.store._LATER_S", 0.2):
+    with (
+        held_back() as (go, due),
+        mock.patch("counterflow.launch.checkpoint.store._LATER_S", 0.2),
+    ):
         checkpoints.save(1, State(value_pieces(rank, world, 1)))
+        assert due.wait(30)
         checkpoints.wait()
         told = checkpoints.poll()
         refused = ""
@@ -425,8 +430,11 @@ def lines_of_waits(rank: int, world: int, folder: str, asynchronous: bool) -> di
     mine = Piece("large", (world << 20,), rank << 20, data)
 
     def slow(*arguments: Any) -> None:
+        """Whoever shows how far it is looks by itself: goes on when that has been shown."""
+        shown_before, end = len(board.all), time.monotonic() + 1
         real(*arguments)
-        time.sleep(0.02)
+        while len(board.all) < shown_before + 2 and time.monotonic() < end:
+            time.sleep(0.002)
 
     real = files.Progress.moved
     with (

@@ -53,7 +53,7 @@ class Setting:
     def mesh(self) -> Mesh:
         return Mesh.create(self.shape, nodes=self.nodes)
 
-    def make(self, mesh: Mesh, timeout_s: float = 30.0) -> Dispatcher[Any]:
+    def make(self, mesh: Mesh, timeout_s: float = 60.0) -> Dispatcher[Any]:
         return dispatcher(
             self.name,
             mesh,

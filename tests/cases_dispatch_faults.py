@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from counterflow.comm import CommError, Dispatcher, ExpertLayout
 from counterflow.parallel.mesh import Mesh
 
 from .cases_dispatch import Batch, E, K, Setting, batch, on_meshes
+from .told import hear, tell
 
 OPERATIONS = ("dispatch(F)", "combine(F)", "combine(B)", "dispatch(B)")
 
@@ -81,16 +84,56 @@ def start_again(d: Dispatcher[Any], given: Batch) -> str:
 
 
 def dies(rank: int, world: int, setting: Setting, operation: str, limit_s: float) -> None:
-    """The last rank dies just before `operation`; the others raise."""
+    """The last rank dies just before `operation`, for which the others wait by then; they raise."""
     mesh = setting.mesh()
     whole_pass(setting.make(mesh), batch(rank, "even"), lambda _: None)  # all is set up
     d = setting.make(mesh, timeout_s=limit_s)
+    with ExitStack() as until_the_end:
 
-    def stop(name: str) -> None:
-        if rank == world - 1 and name == operation:
-            os._exit(1)
+        def stop(name: str) -> None:
+            if name != operation:
+                return
+            if rank == world - 1:
+                hear(*(f"rank {other} waits" for other in range(world - 1)))
+                # What they have sent each other arrives: otherwise who fails first, and closes its
+                # connections, would itself be gone for another. Nothing here sees it arrive.
+                time.sleep(0.2)
+                os._exit(1)
+            until_the_end.enter_context(telling_of_the_first_wait(f"rank {rank} waits"))
 
-    whole_pass(d, batch(rank, "even"), stop)
+        whole_pass(d, batch(rank, "even"), stop)
+
+
+@contextmanager
+def telling_of_the_first_wait(what: str) -> Iterator[None]:
+    """Within this context the first wait for a message tells `what`; all before it is sent."""
+    real, told = dist.Work.wait, False
+
+    def wait(work: dist.Work, *limit: Any) -> bool:
+        nonlocal told
+        if not told:
+            told = True
+            tell(what)
+        return real(work, *limit)
+
+    with mock.patch.object(dist.Work, "wait", wait):
+        yield
+
+
+def is_gone(rank: int, world: int, setting: Setting, limit_s: float) -> None:
+    """The last rank has died when the others start; these stay until each of them has failed."""
+    mesh = setting.mesh()
+    whole_pass(setting.make(mesh), batch(rank, "even"), lambda _: None)  # all is set up
+    d = setting.make(mesh, timeout_s=limit_s)
+    dist.barrier()
+    if rank == world - 1:
+        os._exit(1)
+    time.sleep(0.5)  # gloo has noticed by then; it tells of it only to who starts something
+    try:
+        d.dispatch(*batch(rank, "even")[:3])
+    finally:
+        tell(f"rank {rank} is done")
+        hear(*(f"rank {other} is done" for other in range(world - 1)))
 
 
 def is_silent(rank: int, world: int, setting: Setting, limit_s: float) -> dict[str, Seen | None]:

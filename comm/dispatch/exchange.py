@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Generic, TypeVar
 
@@ -136,26 +137,22 @@ class Peers:
         code: int,
     ) -> Callable[[], None]:
         number = next(self._sequence)
-        try:
-            if send.is_cuda:
+        if send.is_cuda:
+            with self._naming(self.others, operation):
                 works = self._start_collective(send, send_splits, receive, receive_splits)
-            else:
-                tag = _FIRST_TAG + number % _NUM_TAGS * (len(_OPERATIONS) + 1) + code
-                works = self._start_directly(send, send_splits, receive, receive_splits, tag)
-        except RuntimeError as error:
-            raise self._error(operation, error, self.others) from error
+        else:
+            tag = _FIRST_TAG + number % _NUM_TAGS * (len(_OPERATIONS) + 1) + code
+            works = self._start_directly(send, send_splits, receive, receive_splits, tag, operation)
 
         def wait() -> None:
             end = time.monotonic() + self._timeout_s
             for peers, work in works:
-                try:
+                with self._naming(peers, operation):
                     if send.is_cuda:
                         work.wait()
                     else:
                         left_s = max(end - time.monotonic(), 1e-3)  # 0 would mean no limit
                         work.wait(timedelta(seconds=left_s))
-                except RuntimeError as error:
-                    raise self._error(operation, error, peers) from error
 
         return wait
 
@@ -187,6 +184,7 @@ class Peers:
         receive: Tensor,
         receive_splits: Sequence[int],
         tag: int,
+        operation: str,
     ) -> list[_Work]:
         """Every pair by itself, receives before sends.
 
@@ -202,14 +200,21 @@ class Peers:
         for start, rows in ((dist.irecv, incoming), (dist.isend, outgoing)):
             for peer in turn:
                 if len(rows[peer]):
-                    work = start(rows[peer], self.ranks[peer], group=self._group, tag=tag)
+                    other = self.ranks[peer]
+                    with self._naming((other,), operation):  # one known to be gone fails at once
+                        work = start(rows[peer], other, group=self._group, tag=tag)
                     assert work is not None  # this rank is a member of its own group
-                    works.append(((self.ranks[peer],), work))
+                    works.append(((other,), work))
         return works
 
-    def _error(self, operation: str, error: RuntimeError, peers: tuple[int, ...]) -> CommError:
-        return CommError(
-            f"rank {self._rank}: {operation} failed while waiting for "
-            f"{name_ranks(peers)}: {backend_reason(error, self._timeout_s)}",
-            peers=peers,
-        )
+    @contextmanager
+    def _naming(self, peers: tuple[int, ...], operation: str) -> Iterator[None]:
+        """Errors of the backend within name `operation` and `peers`."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise CommError(
+                f"rank {self._rank}: {operation} failed while waiting for "
+                f"{name_ranks(peers)}: {backend_reason(error, self._timeout_s)}",
+                peers=peers,
+            ) from error

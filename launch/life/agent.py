@@ -181,6 +181,10 @@ class Agent(LocalElasticAgent):
         found = self._failures(worker_group)
         if found or self._council.is_over(self.attempt):
             return self._over(worker_group, found)
+        if _alive(worker_group):  # torch's look would end the others of a rank that it finds lost
+            return RunResult(State.HEALTHY)
+        if found := self._failures(worker_group):  # since our look
+            return self._over(worker_group, found)
         result = self._look(worker_group)
         if result.state == State.SUCCEEDED:
             word = None if self._done_told else "stopped" if self._was_stopped() else "done"
@@ -189,9 +193,6 @@ class Agent(LocalElasticAgent):
             if told is None:
                 return RunResult(State.HEALTHY)
             self.status, self.stopped = DONE, told == "stopped"
-        elif result.state == State.FAILED:  # between our look and torch's
-            statuses = {rank: failure.exitcode for rank, failure in result.failures.items()}
-            return self._over(worker_group, statuses)
         return result
 
     def _look(self, worker_group: WorkerGroup) -> RunResult:

@@ -100,9 +100,11 @@ class Council:
                 wait_for_workers=False,
                 multi_tenant=True,
             )
-        except dist.DistNetworkError as error:  # someone took the port after we looked
+        except dist.DistNetworkError as error:
             reason = str(error).splitlines()[0]
-            raise PortError(port, reason) from None
+            if nodes.node_rank:
+                raise NodeError(self._unheard(reason)) from None
+            raise PortError(port, reason) from None  # someone took it after we looked
         self.port = self.store.port
         self._own = dist.PrefixStore(  # pyright: ignore[reportPrivateImportUsage]
             f"agents/{nodes.run_id}", self.store
@@ -128,8 +130,10 @@ class Council:
             while time.monotonic() < end:
                 self.check()  # a process that is killed closes one connection after the other
                 time.sleep(_RETRY_S)
-            why = str(error).splitlines()[0]
-            raise NodeError(f"node 0 ({self.nodes.master_addr}) gives no answer: {why}") from None
+            raise NodeError(self._unheard(str(error).splitlines()[0])) from None
+
+    def _unheard(self, why: str) -> str:
+        return f"node 0 ({self.nodes.master_addr}) gives no answer: {why}"
 
     def check(self) -> None:
         """Raises:

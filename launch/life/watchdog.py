@@ -84,7 +84,8 @@ class Watchdog:
         self._thread.join(_STORE_S)
         board = self._reachable()
         if board is not None and error is None:
-            alarm.mark_gone(board, self._place.rank, alarm.FINISHED)
+            with suppress(RuntimeError):  # whoever holds the store may end first
+                alarm.mark_gone(board, self._place.rank, alarm.FINISHED)
         if self._lifeline is not None:
             self._lifeline.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +21,11 @@ PAIR = {name: Setting(name, (0, 0)) for name in ("flat", "dedup")}
 GRID = SETTINGS["two_hop"]  # ranks 0 and 1 on one node, 2 and 3 on the other
 
 
-def killed(world: int, **kwargs: Any) -> dict[int, str]:
+def killed(case: Callable[..., None], world: int, **kwargs: Any) -> dict[int, str]:
     """The errors of the ranks where the last one dies."""
     with RankPool() as pool, pytest.raises(RankError) as caught:
-        pool.run(cases.dies, world=world, timeout_s=30, **kwargs)
+        # The first pool of a process imports torch within the limit, tens of seconds of it if busy.
+        pool.run(case, world=world, timeout_s=120, **kwargs)
     errors = caught.value.errors
     assert errors.pop(world - 1) == "the process died"
     assert set(errors) == set(range(world - 1))
@@ -34,13 +36,20 @@ def killed(world: int, **kwargs: Any) -> dict[int, str]:
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_peer_that_dies_is_named_with_the_operation(name: str, operation: str) -> None:
     began = time.monotonic()
-    text = killed(2, setting=PAIR[name], operation=operation, limit_s=25.0)[0]
-    assert time.monotonic() - began < 25
+    text = killed(cases.dies, 2, setting=PAIR[name], operation=operation, limit_s=100.0)[0]
+    assert time.monotonic() - began < 100  # the limit was not waited for
     assert re.fullmatch(
         re.escape(f"CommError: rank 0: {operation} failed while waiting for rank 1: ")
         + r".*Connection (reset|closed) by peer.*",
         text,
     ), text
+
+
+def test_a_peer_that_is_gone_before_the_start_is_named_alone() -> None:
+    setting = Setting("flat", (0,) * 4)
+    for rank, text in killed(cases.is_gone, 4, setting=setting, limit_s=60.0).items():
+        start = f"CommError: rank {rank}: dispatch(F) failed while waiting for rank 3: "
+        assert re.match(re.escape(start) + r".*Connection (reset|closed) by peer", text), text
 
 
 # Rank 3 is gone. Counts are exchanged among all; after that, rank 2 shares a node with rank 3, rank
@@ -53,7 +62,7 @@ ALL = dict.fromkeys(range(3), ("rank 3",))
 def test_in_two_hops_a_death_ends_the_wait_of_all_and_the_hops_peers_are_named(
     operation: str,
 ) -> None:
-    errors = killed(4, setting=GRID, operation=operation, limit_s=1.5)
+    errors = killed(cases.dies, 4, setting=GRID, operation=operation, limit_s=3.0)
     for rank, text in errors.items():
         peers = "|".join((ALL if operation == "dispatch(F)" else HOPS)[rank])
         start = re.escape(f"CommError: rank {rank}: {operation} failed while waiting for ")
@@ -66,10 +75,12 @@ def test_a_peer_that_is_silent_is_named_once_the_limit_is_over_and_later_starts_
     name: str,
 ) -> None:
     setting = GRID if name == "two_hop" else PAIR[name]
-    limit_s, world = 0.5, len(setting.nodes)
+    # It is waited for in full, and holds for what succeeds before that, too: no shorter than a
+    # busy machine may stop a process for.
+    limit_s, world = 3.0, len(setting.nodes)
     with RankPool() as pool:
         found = pool.run(
-            cases.is_silent, world=world, setting=setting, limit_s=limit_s, timeout_s=60
+            cases.is_silent, world=world, setting=setting, limit_s=limit_s, timeout_s=200
         )
     assert found[-1] == dict.fromkeys(OPERATIONS)
     for rank, of_rank in enumerate(found[:-1]):
@@ -79,10 +90,10 @@ def test_a_peer_that_is_silent_is_named_once_the_limit_is_over_and_later_starts_
             if name == "two_hop":
                 named = (ALL if operation == "dispatch(F)" else HOPS)[rank]
             start = f"rank {rank}: {operation} failed while waiting for "
-            assert seen.error in [f"{start}{who}: no answer within 0.5 s" for who in named]
+            assert seen.error in [f"{start}{who}: no answer within 3 s" for who in named]
             assert f"rank{'s' * (len(seen.peers) > 1)} {', '.join(map(str, seen.peers))}" in named
             # A lane's moves run one after another, and a hop waits once for each piece.
-            assert limit_s <= seen.seconds < limit_s + 5
+            assert limit_s <= seen.seconds < limit_s + 20
             assert seen.again == (
                 f"rank {rank}: not started, because an earlier {operation} failed: {seen.error}"
             )
@@ -95,7 +106,7 @@ def test_an_index_out_of_range_on_one_rank_is_refused_by_all_at_once(ranks: Rank
             text = r"experts_TK of rank 2 holds experts {}, but .* has 8: 0\.\.7, or -1 for none"
             assert re.match(text.format(r"\d\.\.8"), high[0])
             assert re.match(text.format(r"-2\.\.\d"), low[0])
-            assert max(high[1], low[1]) < 10  # nobody waited for the limit of 30 s
+            assert max(high[1], low[1]) < 50  # nobody waited for the limit of 60 s
             assert fine[0] == "no error"
 
 
@@ -106,7 +117,7 @@ def test_a_token_that_reaches_too_many_nodes_is_refused_by_all_at_once(ranks: Ra
     for found in ranks.run(cases.too_many_nodes, world=4, settings=settings):
         for text, seconds in found:
             assert text.startswith("a token of rank 1 goes to 2 nodes, but node_limit is 1")
-            assert seconds < 10
+            assert seconds < 50
 
 
 def test_nodes_that_two_hop_cannot_use_are_refused_with_what_to_do(ranks: RankPool) -> None:
@@ -126,7 +137,7 @@ def test_what_one_rank_refuses_ends_the_dispatch_of_all_and_the_next_one_is_whol
         for own, (text, seconds) in zip(cases.MISTAKES, steps[::2], strict=True):
             expected = own if rank == 1 else "rank 1 refused the tensors that it was given"
             assert re.match(expected, text), text
-            assert seconds < 10
+            assert seconds < 50
         assert [text for text, _ in steps[1::2]] == ["no error"] * len(cases.MISTAKES)
 
 
@@ -145,10 +156,10 @@ def test_ranks_whose_tensors_differ_are_told_which_and_where(ranks: RankPool) ->
 
 def test_a_rank_that_leaves_out_a_call_is_waited_for_and_nothing_is_mixed() -> None:
     with RankPool() as pool:
-        found = pool.run(cases.skips, world=2, setting=PAIR["dedup"], limit_s=0.5, timeout_s=60)
+        found = pool.run(cases.skips, world=2, setting=PAIR["dedup"], limit_s=3.0, timeout_s=120)
     assert found[1] is None
     assert re.fullmatch(
-        r"rank 0: combine\(F\) failed while waiting for rank 1: no answer within 0\.5 s",
+        r"rank 0: combine\(F\) failed while waiting for rank 1: no answer within 3 s",
         str(found[0]),
     )
 

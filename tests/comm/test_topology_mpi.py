@@ -37,7 +37,7 @@ from mpi4py import MPI
 from counterflow.comm.errors import CommError
 from counterflow.comm.topology import place_of_process
 if MPI.COMM_WORLD.rank:
-    time.sleep(60)  # there, but never with the others; ended by mpiexec
+    time.sleep(600)  # there, but never with the others; ended by mpiexec
 try:
     place_of_process(timeout_s=0.5)
 except CommError as error:
@@ -68,7 +68,7 @@ def under_mpi(
         env=dict(os.environ) | root | environ,
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=240,
     )
 
 

@@ -1,8 +1,12 @@
-"""Runs a command of `counterflow` in this process, as tests of its output need it."""
+"""Runs a command of `counterflow` in this process, as tests of its output need it, or outside."""
 
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,3 +46,19 @@ class Command:
         assert captured.err.startswith("counterflow: error: ")
         assert captured.err.count("\n") == 1 or not self.one_line
         return captured.err.removeprefix("counterflow: error: ").rstrip()
+
+
+def seconds_without(modules: Sequence[str], arguments: Sequence[str]) -> float:
+    """Processor time of a process of its own that runs a command and imports none of `modules`.
+
+    What other processes do meanwhile does not count.
+    """
+    program = (
+        "import sys; from counterflow.launch.cli import main\n"
+        f"try: main({list(arguments)!r})\nexcept SystemExit: pass\n"
+        f"assert not {set(modules)!r} & set(sys.modules)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=120)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

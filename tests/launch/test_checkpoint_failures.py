@@ -92,8 +92,8 @@ def test_a_rank_that_does_not_come_is_told_within_the_limit(
     found = ranks.run(cases.one_stays_away, world=2, folder=str(tmp_path))
     ([error], ends, seconds), ([then], ends_of_1, _) = found
     assert "rank 0: saving the checkpoint of step 3: waiting for the other ranks" in error
-    assert "no answer within 1.5 s" in error
-    assert seconds < 10
+    assert "no answer within 8 s" in error
+    assert seconds < 60
     assert len(ends) == 3  # of two saves and a look
     assert len(ends_of_1) == 2
     for text in (*ends, *ends_of_1):

@@ -5,6 +5,7 @@ launchers here). Real processes, a stand-in for the training.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from tests.ranks import free_port
 
 STUB = Path(__file__).with_name("stub")
 LAUNCHER = """
+import os
 import sys
 from pathlib import Path
 from counterflow.launch.life.nodes import Nodes
@@ -30,6 +32,14 @@ if "--hold" in sys.argv:
     print("held", flush=True)
     while not Path("go").exists():
         pass
+if "--look-late" in sys.argv:  # a rank is lost between the agent's looks at ranks and machines
+    from counterflow.launch.life.nodes import Council
+
+    def is_over(council, attempt, asked=Council.is_over):
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+        return asked(council, attempt)
+
+    Council.is_over = is_over
 node, port, restarts, grace_s, timeout_s, address = sys.argv[1:7]
 nproc = 2 if node == "alone" else 1
 nodes = None if node == "alone" else Nodes(2, int(node), address)
@@ -87,6 +97,13 @@ class Launcher:
         file = self.folder / f"starts{rank}"
         return file.read_text().split() if file.exists() else []
 
+    def wait_for(self, *names: str) -> None:
+        """Until there are these files in the folder."""
+        end = time.monotonic() + 120
+        while not all((self.folder / name).exists() for name in names):
+            assert time.monotonic() < end, self.errors()
+            time.sleep(0.02)
+
     def end(self) -> int:
         return self.process.wait(120)
 
@@ -132,7 +149,8 @@ def test_a_second_sigterm_ends_ranks_that_do_not_stop(launch: Callable[..., Laun
     run = launch("hang")
     run.pids()
     run.process.send_signal(signal.SIGTERM)
-    time.sleep(2.5)
+    run.wait_for("asked0", "asked1")
+    time.sleep(2.5)  # later than what counts as the same request
     assert run.process.poll() is None
     run.process.send_signal(signal.SIGTERM)
     assert run.end() == 128 + signal.SIGTERM
@@ -171,6 +189,16 @@ def test_after_a_lost_rank_all_start_again(launch: Callable[..., Launcher]) -> N
         "counterflow: error: rank 1 was ended by SIGKILL; starting again from the last "
         "checkpoint, restart 1 of 3"
     )
+
+
+def test_a_rank_that_is_lost_while_others_are_asked_is_told_with_every_ranks_place(
+    launch: Callable[..., Launcher],
+) -> None:
+    run = launch("die", "alone", "--look-late")
+    assert run.end() == FAILED
+    headline, *rows = run.errors()[:-1]
+    assert "rank 1 was ended by SIGKILL; where each rank stands" in headline
+    assert re.fullmatch(r"rank 0 \(.*\): step 7", rows[0].strip())
 
 
 def test_when_restarts_are_used_up_the_run_fails_and_says_why(

@@ -244,10 +244,14 @@ def test_a_rank_that_reports_a_failure_ends_all_with_one_message(watched: Ranks)
     assert watched.statuses(0, 1, 2) == [1, 1, 1]
     lines = watched.lines()
     assert re.match(r"counterflow: error: rank [02], step 0: the connection was closed; ", lines[0])
-    assert lines[1] == "ranks 0, 2: step 0: the connection was closed"
-    assert re.fullmatch(r"rank 1: step \d+", lines[2])
-    assert lines[3].startswith("ranks 0, 2 wait for rank 1, which waits for nobody")
-    assert len(lines) == 4
+    # A watchdog may answer in the moment before its own rank reports.
+    closed = re.compile(r"(rank 0|rank 2|ranks 0, 2): step 0: the connection was closed")
+    assert any(closed.fullmatch(line) for line in lines[1:-1])
+    assert any(re.fullmatch(r"rank 1: step \d+", line) for line in lines[1:-1])
+    assert re.match(
+        r"(rank \d waits|ranks 0, 2 wait) for rank 1, which waits for nobody", lines[-1]
+    )
+    assert sum("error" in line for line in lines) == 1
 
 
 def test_an_alarm_of_the_launcher_names_the_lost_rank_and_nobody_waits_for_its_answer(

@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
-import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ from counterflow.model import ModelConfig
 from counterflow.parallel.mesh import MeshShape
 from counterflow.predict.cluster import load_cluster
 from counterflow.predict.cluster_file import KEYS
-from tests.launch.commands import Command
+from tests.launch.commands import Command, seconds_without
 
 _COMMAND = Command("plan")
 shown, printed, error_of = _COMMAND.shown, _COMMAND.printed, _COMMAND.error_of
@@ -259,20 +256,8 @@ def test_nothing_is_written_where_one_file_cannot_be(
 
 @pytest.mark.alone
 def test_it_plans_without_torch_and_its_help_comes_at_once(model: str) -> None:
-    def seconds(*arguments: str) -> float:
-        program = (
-            "import sys; from counterflow.launch.cli import main\n"
-            f"try: main({['plan', *arguments]!r})\nexcept SystemExit: pass\n"
-            "assert 'torch' not in sys.modules"
-        )
-        begin = time.perf_counter()
-        command = [sys.executable, "-c", program]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
-        return time.perf_counter() - begin
-
-    seconds("--model", model, *NOT_SEARCHED, "--json")
-    # The best of three: other tests share the machine.
-    assert min(seconds("--help") for _ in range(3)) < 0.5
+    seconds_without(["torch"], ["plan", "--model", model, *NOT_SEARCHED, "--json"])
+    assert min(seconds_without(["torch"], ["plan", "--help"]) for _ in range(3)) < 0.5
 
 
 # What docs/predict.md says

@@ -212,6 +212,8 @@ def test_on_hosts_of_their_own_the_one_with_a_slow_link_is_named() -> None:
         shape = hosts._shape(50, hosts.BUCKET_BYTES)
         made[2].call(lambda: hosts._batch("tc", [f"qdisc replace dev {hosts.LINK} {shape}"]))
         with RankPool(hosts=made) as pool:
-            _, found = pool.run(cases.surveyed, world=4, per_node=1, size=1 << 20)[0]
-    assert [(f.verdict, f.node) for f in found] == [("bad", "n2")]
-    assert "with each of its neighbours" in found[0].message
+            _, found = pool.run(cases.surveyed, world=4, per_node=1, size=1 << 22)[0]
+    # Another pair may have been disturbed, which alone makes no node bad.
+    [bad] = [f for f in found if f.verdict == "bad"]
+    assert bad.node == "n2"
+    assert "with each of its neighbours" in bad.message

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from counterflow.launch import profile_command, simulate_progress
 from counterflow.launch.cli import main
 from counterflow.launch.profile_conditions import parse_condition
 from counterflow.launch.profile_json import NUMBERS, PHASE_NUMBERS
-from tests.launch.commands import Command
+from tests.launch.commands import Command, seconds_without
 
 
 @pytest.fixture(autouse=True)
@@ -647,19 +646,10 @@ def test_it_runs_without_torch_and_numpy_and_its_help_comes_at_once(
     tmp_path: Path, folder: str
 ) -> None:
     def seconds(*arguments: str) -> float:
-        program = (
-            "import sys; from counterflow.launch.cli import main\n"
-            f"try: main({['profile', *arguments]!r})\nexcept SystemExit: pass\n"
-            "assert not {'torch', 'numpy'} & set(sys.modules)"
-        )
-        begin = time.perf_counter()
-        command = [sys.executable, "-c", program]
-        subprocess.run(command, check=True, capture_output=True, timeout=60)
-        return time.perf_counter() - begin
+        return seconds_without(["torch", "numpy"], ["profile", *arguments])
 
     seconds(folder, "--html", str(tmp_path / "x.html"), "--perfetto", str(tmp_path / "x.json"))
     seconds(folder, "--json")
-    # The best of three: other tests share the machine.
     assert min(seconds("--help") for _ in range(3)) < 0.5
 
 

@@ -172,7 +172,7 @@ def test_nothing_long_of_a_step_is_without_a_name(run: Run) -> None:
                 if each.thread == step.thread and step.start < each.start and each.end < step.end
             )
         )
-        assert labelled > 0.9 * (step.end - step.start)
+        assert labelled > 0.7 * (step.end - step.start)  # a pause may fall anywhere
         names = {each.name for each in trace.annotations}
         assert names >= {"data", "optimizer", "mean of gradients", "gradient norm"}
         assert names >= {"wait a sum of gradients", "wait the losses", "wait the experts' loads"}

@@ -40,10 +40,12 @@ def telemetry(peak: float | None = None) -> tuple[Telemetry, Mesh]:
 
 def test_waits_within_waits_and_waits_of_other_threads_do_not_count() -> None:
     board = WaitBoard()
+    began = time.perf_counter()
     with board.waiting("a sum", (1,)):
         time.sleep(0.02)
         with board.waiting("a part of it", (1,)):
             time.sleep(0.02)
+    elapsed = time.perf_counter() - began
 
     def wait() -> None:
         with board.waiting("a move", (2,)):
@@ -52,7 +54,7 @@ def test_waits_within_waits_and_waits_of_other_threads_do_not_count() -> None:
     other = threading.Thread(target=wait)
     other.start()
     other.join(5)
-    assert 0.04 <= board.waited_s < 0.08
+    assert 0.04 <= board.waited_s <= elapsed
     assert board.now == ""
 
 
@@ -257,9 +259,10 @@ def test_of_all_ranks_highest_lowest_and_mean_are_told_of_those_that_know() -> N
     assert waits == {"exposed_comm_ms_max": 50, "exposed_comm_ms_mean": 20}
 
 
-def test_every_rank_tells_of_itself_and_not_within_the_time_of_a_step(ranks: RankPool) -> None:
+def test_every_rank_tells_of_itself_and_not_within_the_time_of_a_step() -> None:
     """Rank 1 has more memory, waits longer, and comes late to the telling."""
-    told = ranks.run(cases_telemetry.telling_ranks, world=2, more_gib=0.25, late_s=0.5)
+    with RankPool() as pool:  # no rank has taken more before
+        told = pool.run(cases_telemetry.telling_ranks, world=2, more_gib=0.25, late_s=3.0)
     first, second = told
     assert [sorted(values) == sorted(first[0]) for values in first] == [True, False, True]
     for key in ("memory_gib", "exposed_comm_ms"):
@@ -270,7 +273,7 @@ def test_every_rank_tells_of_itself_and_not_within_the_time_of_a_step(ranks: Ran
     assert first[0]["exposed_comm_ms_mean"] == pytest.approx(sum(exposed) / 2)
     assert exposed[1] >= exposed[0] + 20
     # Rank 0 has waited at the first step's telling, which is no part of any step.
-    assert all(values["seconds"] < 0.4 and values["exposed_comm_ms"] < 400 for values in first)
+    assert all(values["seconds"] < 2.5 and values["exposed_comm_ms"] < 2500 for values in first)
 
 
 def test_nothing_is_told_of_all_ranks_where_that_is_off() -> None:

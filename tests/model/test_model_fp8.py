@@ -209,7 +209,7 @@ def test_evaluation_keeps_nothing() -> None:
     first = evaluate()  # weights are quantised now
     before = tensors()
     assert evaluate() == first
-    assert tensors() == before
+    assert tensors() <= before  # what other tests left may go meanwhile
     with torch.inference_mode():
         assert model.loss(model(tokens), targets).item() == first
 

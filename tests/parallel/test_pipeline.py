@@ -218,8 +218,9 @@ def test_when_a_rank_dies_every_other_ends_with_an_error_that_names_where(
 ) -> None:
     began = time.monotonic()
     with RankPool() as pool, pytest.raises(RankError) as caught:
-        pool.run(cases.dies_midway, world=4, schedule=schedule, victim=victim, limit_s=20.0)
-    assert time.monotonic() - began < 60
+        pool.run(cases.dies_midway, world=4, schedule=schedule, victim=victim, limit_s=100.0)
+    # Without a wait for the limit. The first pool of a process imports torch within it.
+    assert time.monotonic() - began < 100
     errors = caught.value.errors
     assert errors[victim] == "the process died"
     for rank in {0, 1, 2, 3} - {victim}:
@@ -249,6 +250,7 @@ def one_rank(stages: Any, **arguments: Any) -> Pipeline:
 
 
 def test_one_rank_needs_no_process_group() -> None:
+    torch.manual_seed(0)  # the same numbers whatever ran before
     layer = torch.nn.Linear(3, 1, dtype=torch.float64)
     pipeline = one_rank([layer], loss_fn=lambda y, t: (y - t).square().mean())
     x = torch.randn(4, 3, dtype=torch.float64)
@@ -258,7 +260,9 @@ def test_one_rank_needs_no_process_group() -> None:
     assert float(loss) == pytest.approx(float(want.detach()), rel=1e-14)
     (grad,) = torch.autograd.grad(want, layer.weight)
     assert layer.weight.grad is not None
-    torch.testing.assert_close(layer.weight.grad, grad, rtol=1e-13, atol=0)
+    # Sums of four terms about 1 in another order: they differ by last places of the terms, however
+    # little the terms leave of each other.
+    torch.testing.assert_close(layer.weight.grad, grad, rtol=0, atol=1e-14)
 
 
 def test_what_does_not_fit_is_refused_when_the_pipeline_is_made() -> None:

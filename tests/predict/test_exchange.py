@@ -193,10 +193,10 @@ def test_exact_payloads_travel_in_the_dtype_of_the_layout() -> None:
 
 def test_a_known_exchange_is_found_in_less_than_a_millisecond() -> None:
     exchange(V3, TRAINED, H800)
-    started = time.perf_counter()
+    started = time.process_time()  # of the processor, which others use too
     for microbatches in range(1, 201):
         exchange(V3, replace(TRAINED, microbatches=microbatches), H800)
-    assert time.perf_counter() - started < 0.2
+    assert time.process_time() - started < 0.2
 
 
 @st.composite

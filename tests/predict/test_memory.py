@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from counterflow.predict.activations import MicroBatch, Split, StageActivations,
 from counterflow.predict.layout import Layout
 from counterflow.predict.memory import (
     ACTIVATIONS,
+    BUCKET_BYTES,
     CATEGORIES,
     EXACT,
     Device,
@@ -236,6 +238,50 @@ def test_what_an_update_works_with_lies_where_activations_were() -> None:
     assert parts["working memory"] + sum(parts[name] for name in ACTIVATIONS) == update
     longer = rank_memory(V3, replace(layout, length=4096), SCHEDULE)[3].parts
     assert longer["working memory"] + sum(longer[name] for name in ACTIVATIONS) > update
+
+
+@pytest.mark.parametrize(("device", "copies"), [("cuda", 0), ("cpu", 1)])
+def test_zeros_messages_lie_where_activations_were(device: Device, copies: int) -> None:
+    """On CPUs gloo's copy counts most, on GPUs (BF16 parameters) the bucket that is packed."""
+    layout = Layout(dp=2, schedule="1f1b", microbatches=2, length=8, fp8=False, zero=1)
+    whole = Part.whole(SMALL)
+    found = inventory(SMALL, whole)
+    kinds = Counter[tuple[bool, bool]]()
+    for p in found:
+        kinds[p.routed, p.wide] += 4 * p.numel
+    largest = max(kinds.values())
+    assert largest < BUCKET_BYTES  # so that each kind is one bucket
+    numel, half = sum(p.numel for p in found), sum(-(-p.numel // 2) for p in found)
+    expected = 4 * half + copies * 4 * numel + largest
+    assert rank_states(SMALL, layout, (whole,), device=device).buckets == expected
+
+    def buffers(layout: Layout) -> tuple[int, int]:
+        [rank] = rank_memory(SMALL, layout, layout.make_schedule(), device=device)
+        return rank.parts["ZeRO buffers"], sum(rank.parts[name] for name in ACTIVATIONS)
+
+    short, kept = buffers(layout)
+    assert short == expected - kept > 0
+    assert buffers(replace(layout, length=512, sequences=8))[0] == 0
+    assert buffers(replace(layout, zero=0))[0] == 0
+
+
+def test_what_has_no_other_holder_is_packed_and_not_shared() -> None:
+    """With ep = dp each expert is on one rank."""
+    layout = Layout(dp=2, ep=2, dtype="float32", fp8=False, zero=1)
+    whole = Part.whole(SMALL)
+    rest = [p.numel for p in inventory(SMALL, whole) if not p.routed]
+    routed = sum(p.numel for p in inventory(SMALL, whole) if p.routed) // 2
+    halves = sum(-(-n // 2) for n in rest)
+    assert routed < sum(rest)
+    states = rank_states(SMALL, layout, (whole,), device="cuda")
+    # Shares of the sums beside a packed bucket; later shares of both, and wholes for gradients.
+    assert states.buckets == 4 * max(halves + sum(rest), 2 * halves)
+
+
+def test_a_bucket_is_the_trainers() -> None:
+    from counterflow.parallel import zero
+
+    assert BUCKET_BYTES == zero._BUCKET_BYTES  # pyright: ignore[reportPrivateUsage]
 
 
 def test_heads_are_filled_up_to_one_size_on_cpus_alone() -> None:

@@ -42,7 +42,7 @@ _DAEMONS = ("munged", "slurmctld", "slurmd")
 _COMMANDS = ("sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
 _UNSHARE = ("unshare", "--mount", "--propagation=private")
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_START_S, _COMMAND_S, _POLL_S = 20.0, 60.0, 0.1
+_START_S, _COMMAND_S, _POLL_S = 120.0, 60.0, 0.1
 _KEEPER_LOG = "keeper.log"
 # A state of a job that queues itself again is PENDING at once.
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY")
@@ -313,7 +313,7 @@ def cluster() -> Iterator[Cluster]:
     finally:
         assert process.stdin is not None
         process.stdin.close()
-        process.wait(30)
+        process.wait(120)
 
 
 def configure(folder: Path, ports: Sequence[int]) -> None:
@@ -357,9 +357,9 @@ def daemons(folder: Path) -> list[list[str]]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens at, below those that the kernel gives to whoever asks for any."""
+    """Ports that nothing listens at, below those that jobs choose by their numbers (from 20000)."""
     found: list[int] = []
-    for port in random.sample(range(17000, 30000), 1000):
+    for port in random.sample(range(17000, 20000), 1000):
         with socket.socket() as probe:
             try:
                 probe.bind(("", port))
@@ -368,4 +368,4 @@ def free_ports(count: int) -> list[int]:
         found.append(port)
         if len(found) == count:
             return found
-    raise SlurmError("no free ports from 17000 to 29999")
+    raise SlurmError("no free ports from 17000 to 19999")

@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 from .cluster import Cluster
 
 COUNTERFLOW = (sys.executable, "-m", "counterflow")
-STEPS, EVERY = 60, 10  # of a run, and between its checkpoints
+STEPS, EVERY = 120, 10  # of a run, and between its checkpoints
 
 # Two ranks of one expert group. A dispatcher by name: "auto" would choose by the number of nodes.
 _CONFIG = f"""\
@@ -152,7 +153,12 @@ class Job:
         """Wait until a checkpoint of a step above `after` is finished."""
 
         def there() -> bool:
-            return any(step > after for step in checkpoints(self.folder))
+            end = time.monotonic() + 2.0  # the run goes on: seen soon, Slurm asked seldom
+            while not (found := any(step > after for step in checkpoints(self.folder))):
+                if time.monotonic() > end:
+                    break
+                time.sleep(0.01)
+            return found
 
         self.until(there, f"a checkpoint after step {after}")
 

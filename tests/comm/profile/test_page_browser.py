@@ -86,6 +86,7 @@ def in_browser(html: str, folder: Path) -> str:
     path.write_text(html, encoding="utf-8")
     browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     options = [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=2000"]
+    options.append("--disable-dev-shm-usage")  # /dev/shm is too small for it in some containers
     ran = subprocess.run(
         [*browser, *options, "--window-size=1300,900", path.as_uri()],
         capture_output=True,

@@ -52,10 +52,14 @@ def _behave(config: Any, folder: Path, rank: int, requests: Any) -> int:
             if rank == 0:
                 (folder / "stopped.json").write_text("{}")
         case "hang":
+            while requests.signal is None:
+                time.sleep(0.01)
+            (folder / f"asked{rank}").touch()
             time.sleep(120)
         case "refuse":
             raise ValueError(f"stage {config.train.steps} is a view")
         case "refuse one" if rank == 1:
+            _await_starts(folder, world, attempt)
             raise ValueError("stage 7 is a view")
         case "die" if rank == 1:
             _await_starts(folder, world, attempt)
