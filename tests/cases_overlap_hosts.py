@@ -40,12 +40,16 @@ Grads = Sequence[Tensor | None]
 
 
 class Sizes(NamedTuple):
-    """Of the model and of a step; sequences are a micro-batch's on one rank."""
+    """Of the model and of a step; sequences are a micro-batch's on one rank.
+
+    Much is computed for each byte that moves: to move it takes the same core, which a network card
+    would not, and has to stay small beside what phases compute.
+    """
 
     layers: int = 2  # of a stage
     hidden: int = 256
-    heads: int = 24
-    inner: int = 512
+    heads: int = 48
+    inner: int = 1024
     microbatches: int = 20
     sequences: int = 4
     length: int = 128
