@@ -36,7 +36,7 @@ LINK = "uplink"  # a host's interface to the switch
 LOOPBACK = "lo"
 
 _CLONE_NEWNET = 0x40000000
-_COMMAND_TIMEOUT_S = 60.0  # ip and tc wait for a lock of the kernel's
+_COMMAND_TIMEOUT_S = 60.0  # ip and tc wait for a lock of the kernel (RTNL)
 _SYSTEM_PATHS = ("/usr/sbin", "/sbin")  # not in everybody's PATH
 # Enough that a queue never overflows: a lost packet would be sent, and counted, twice.
 _QUEUE_BYTES = 64 << 20

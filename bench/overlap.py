@@ -21,6 +21,9 @@ during which some operator computes, the mean over ranks. The bound by lanes is 
 more than the longer of both lanes, computation and communication; the simulated step is what the
 schedule gives with phases that take as long as they took alone.
 
+To move bytes takes time of the cores that compute, which a network card would not. With half the
+computing for each byte (24 heads, 512 inner) the same hid 73 to 75 % by the step's time.
+
 On a GPU nothing is measured: one GPU has no two nodes.
 """
 

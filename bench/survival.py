@@ -6,8 +6,8 @@ and every bit of its last checkpoint against an uninterrupted run's.
 
     python -m bench.survival [--trials 24] [--seed 0]
 
-Exits with 1 if any trial ends otherwise. Disk full: a file system in memory, filled up while
-training goes on (root may mount one; else that kind is left out, and said so).
+Exits with 1 if any trial ends otherwise. Full disks: a file system in memory, filled up while
+training goes on (root may mount one; else these kinds are left out, and said so).
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from typing import Any
 
 from bench.machine import write_result
 from bench.survivor import EVERY, STEPS, Outcome, Survivor, clear, damage
+from counterflow.launch.life.status import FAILED
 
 DISK_MB = 64
+_FOR_LINES = 1 << 20  # of metrics; a checkpoint is larger
 LAST = STEPS - 3  # step at which a run is lost; later it might end before it is
 
 
@@ -98,14 +100,33 @@ def damaged(run: Survivor, rng: random.Random) -> str:
 
 def full_disk(run: Survivor, _: random.Random) -> str:
     """No space left for a checkpoint, then SIGKILL of all, then space again."""
+    with filled(run, _FOR_LINES):
+        run.wait(lambda: any(li["kind"] == "save_failed" for li in run.lines()), "a failed save")
+        run.kill_launcher()
+    return _left(run)
+
+
+def no_byte_left(run: Survivor, _: random.Random) -> str:
+    """No space left for anything: the run ends by itself, as its last state cannot be saved."""
+    with filled(run, 0):
+        status = run.end()
+        assert status == FAILED, f"status {status}: {run.said[-1]}"
+    return _left(run)
+
+
+@contextmanager
+def filled(run: Survivor, room: int) -> Iterator[None]:
+    """Start a run and fill its disk but for `room` bytes when it has a checkpoint, for a while."""
     run.start()
     run.wait(lambda: bool(run.steps_saved()), "a first checkpoint")
     filler = run.folder / "filler"
-    fill(filler)
-    run.wait(lambda: any(li["kind"] == "save_failed" for li in run.lines()), "a failed save")
-    saved = run.steps_saved()
-    run.kill_launcher()
+    fill(filler, room)
+    yield
     filler.unlink()
+
+
+def _left(run: Survivor) -> str:
+    saved = run.steps_saved()
     assert saved, "the checkpoint that was there is gone"
     return f"the checkpoint of step {saved[0]} was left"
 
@@ -117,7 +138,9 @@ KINDS: dict[str, Callable[[Survivor, random.Random], str]] = {
     "during a checkpoint": during_checkpoint,
     "damaged file": damaged,
     "full disk": full_disk,
+    "no byte left": no_byte_left,
 }
+ON_SMALL_DISK = ("full disk", "no byte left")
 
 
 @contextmanager
@@ -132,11 +155,13 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def fill(file: Path) -> None:
-    """Write to `file` until there is no space left."""
-    with file.open("wb", buffering=0) as opened, suppress(OSError):
-        while True:
-            opened.write(bytes(1 << 16))
+def fill(file: Path, room: int) -> None:
+    """Write to `file` until there is no space left but for `room` bytes."""
+    with file.open("wb", buffering=0) as opened:
+        with suppress(OSError):
+            while True:
+                opened.write(bytes(1 << 16))
+        opened.truncate(max(0, opened.tell() - room))
 
 
 def may_mount(folder: Path) -> bool:
@@ -151,7 +176,7 @@ def may_mount(folder: Path) -> bool:
 def trial(kind: str, seed: int, folder: Path, uninterrupted: Outcome) -> dict[str, Any]:
     """One run of a kind, ended and started again; whether it ended like the other."""
     run, rng = Survivor(folder), random.Random(seed)
-    disk = small_disk(folder, DISK_MB) if kind == "full disk" else nullcontext()
+    disk = small_disk(folder, DISK_MB) if kind in ON_SMALL_DISK else nullcontext()
     with disk, run:
         began = time.perf_counter()
         happened = KINDS[kind](run, rng)
@@ -180,9 +205,10 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        kinds = [k for k in KINDS if k != "full disk" or may_mount(folder)]
-        if len(kinds) < len(KINDS):
-            print("full disk is left out: this process may not mount a file system")
+        kinds = list(KINDS)
+        if not may_mount(folder):
+            kinds = [kind for kind in KINDS if kind not in ON_SMALL_DISK]
+            print("full disks are left out: this process may not mount a file system")
         with Survivor(folder / "uninterrupted") as whole:
             whole.finish()
         uninterrupted = Outcome.of(whole)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _NEEDED = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _RETRY_S = 0.2
+_READ_S = 2.0  # for the others, on a busy machine, to read who is late
 _FEW = 1024  # ranks that may all ask the store that often; more of them ask more seldom
 _QUIET_S = 3.0  # of a machine's other ranks, where the first one most likely says the same
 _SHOWN = 8  # of the ranks that have not come
@@ -183,7 +184,7 @@ def _await_all(store: Store, place: Place, timeout_s: float) -> None:
             shown = store.get("late/ranks").decode()
             # The store may go with this process: let the others read it. And the end of one may end
             # all, so whoever tells it goes first.
-            time.sleep(max(2.0, 3 * pause_s) * (1 if first else 2))
+            time.sleep(max(_READ_S, 3 * pause_s) * (1 if first else 2))
             message = _not_joined(place, _late(place, timeout_s, f" from {shown}"))
             raise CommError(message) if first else ToldError(message)
         time.sleep(pause_s)

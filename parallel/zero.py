@@ -30,10 +30,7 @@ from ..comm.collectives import Pending, start_all_gather, start_reduce_scatter
 from ..comm.marks import mark
 from ..comm.waiting import WaitBoard
 from .accumulate import accumulate_in_float32, grad_dtype
-
-# Of the gradients in a bucket: large enough for a network's bandwidth, small enough that the first
-# bucket leaves before the last is packed.
-_BUCKET_BYTES = 32 << 20
+from .zero_ends import BUCKET_BYTES
 
 
 class Share(NamedTuple):
@@ -92,7 +89,7 @@ class Shards:
         group_of: Callable[[Parameter], dist.ProcessGroup | None],
         *,
         scale: float = 1.0,
-        bucket_bytes: int = _BUCKET_BYTES,
+        bucket_bytes: int = BUCKET_BYTES,
         board: WaitBoard | None = None,
     ) -> None:
         self._scale = scale

@@ -1,4 +1,6 @@
-"""Where in a rank's row each of its stages begins and ends its part of a step. No torch."""
+"""Where in a rank's row each of its stages begins and ends its part of a step, and how much goes in
+one message then. No torch.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from .schedule import Op, Step, actions
+
+# Of the gradients in a bucket: large enough for a network's bandwidth, small enough that the first
+# bucket leaves before the last is packed.
+BUCKET_BYTES = 32 << 20
 
 
 class StageEnds(NamedTuple):

@@ -19,6 +19,7 @@ from ..model.inventory import Parameter, inventory
 from ..model.stages import Part
 from ..model.storage import Storage
 from ..parallel.schedule import Schedule
+from ..parallel.zero_ends import BUCKET_BYTES
 from .activations import MicroBatch, peaks, residence, stage_activations
 from .layout import Layout
 from .prediction import RankMemory
@@ -35,7 +36,6 @@ _PROCESS_BYTES = 350 << 20
 _MESSAGES = 4  # of a pipeline rank that are on their way or received ahead
 _UPDATED_BYTES = 3 * 4 << 22  # that AdamW with bfloat16 moments works with, piece by piece
 _BLOCK = 128**2  # numbers of a weight in FP8 that share a scale
-BUCKET_BYTES = 32 << 20  # of gradients in one message (`parallel.zero`, which needs torch)
 _AVERAGE_BYTES = 4  # of a number of the moving average, a float32
 
 STATES = ("weights", "master weights", "gradients", "moments")
@@ -170,6 +170,9 @@ def _ranks(
         held = schedule.placement.stages(rank)
         states = rank_states(model, layout, tuple(parts[stage] for stage in held), device=device)
         working = at_once * max(stages[stage].working for stage in held)
+        # Activations are gone when gradients are reduced and the optimizer computes, one after the
+        # other: what these take, and layers before them, lies in the same place.
+        buckets = max(0, states.buckets - peak.total)
         sizes = {
             "weights": states.weights,
             "FP8 weights": states.fp8,
@@ -177,11 +180,10 @@ def _ranks(
             "gradients": states.gradients,
             "moments": states.moments,
             **dict(zip(ACTIVATIONS, peak, strict=True)),
-            # Activations are gone when the optimizer computes: what it works with may fit there.
-            "working memory": max(working, states.update - peak.total),
+            "working memory": max(0, max(working, states.update - peak.total) - buckets),
             "pipeline messages": messages,
             "dispatch buffers": buffers,
-            "ZeRO buffers": max(0, states.buckets - peak.total),
+            "ZeRO buffers": buckets,
         }
         sizes |= _allowance(sum(sizes.values()), device)
         staging = 0
@@ -307,12 +309,12 @@ def _buckets(
         sharers = _sharers(parameter, sharing)
         if sharers == 1:
             continue
-        numel, size = parameter.numel // (sharing.ep if parameter.routed else 1), parameter.itemsize
+        numel = parameter.numel // (sharing.ep if parameter.routed else 1)
         shared = -(-numel // sharers)
-        copy = numel * storage.wide if device == "cpu" else 0
-        reduced += count * (shared * storage.wide + copy)
-        arriving = (numel + shared) * size(storage)
-        gathered += count * (shared * storage.wide + arriving - numel * storage.wide)
+        copied = numel if device == "cpu" else 0
+        reduced += count * (shared + copied) * storage.wide
+        moving = (shared + numel) * parameter.itemsize(storage)
+        gathered += count * ((shared - numel) * storage.wide + moving)
     largest = 0
     for part in parts:  # a bucket's parameters are of one stage, group and dtype
         kinds: dict[tuple[bool, int], list[int]] = {}

@@ -311,7 +311,7 @@ def disk_full(rank: int, world: int, folder: str) -> list[str]:
 
 @contextmanager
 def held_back() -> Iterator[tuple[threading.Event, threading.Event]]:
-    """Files are written when the first event is set, and not before; the second: one is due."""
+    """Files wait until the first event is set; the second is set when a write is asked for."""
     go, due = threading.Event(), threading.Event()
     real = storage.write_file
 
@@ -430,9 +430,10 @@ def lines_of_waits(rank: int, world: int, folder: str, asynchronous: bool) -> di
     mine = Piece("large", (world << 20,), rank << 20, data)
 
     def slow(*arguments: Any) -> None:
-        """Whoever shows how far it is looks by itself: goes on when that has been shown."""
+        """Waits until the thread that shows progress has shown this slice."""
         shown_before, end = len(board.all), time.monotonic() + 1
         real(*arguments)
+        # Two lines: the first may have been made up before this slice moved, and come only now.
         while len(board.all) < shown_before + 2 and time.monotonic() < end:
             time.sleep(0.002)
 

@@ -17,7 +17,7 @@ from counterflow.comm import CommError, Dispatcher, ExpertLayout
 from counterflow.parallel.mesh import Mesh
 
 from .cases_dispatch import Batch, E, K, Setting, batch, on_meshes
-from .told import hear, tell
+from .told import hear, part, tell
 
 OPERATIONS = ("dispatch(F)", "combine(F)", "combine(B)", "dispatch(B)")
 
@@ -128,12 +128,11 @@ def is_gone(rank: int, world: int, setting: Setting, limit_s: float) -> None:
     dist.barrier()
     if rank == world - 1:
         os._exit(1)
-    time.sleep(0.5)  # gloo has noticed by then; it tells of it only to who starts something
+    time.sleep(0.5)  # gloo has noticed by then; it says so only to whoever starts something
     try:
         d.dispatch(*batch(rank, "even")[:3])
     finally:
-        tell(f"rank {rank} is done")
-        hear(*(f"rank {other} is done" for other in range(world - 1)))
+        part(rank, world - 1)
 
 
 def is_silent(rank: int, world: int, setting: Setting, limit_s: float) -> dict[str, Seen | None]:

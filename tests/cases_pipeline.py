@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import weakref
 from dataclasses import asdict
 from typing import Any
@@ -12,10 +13,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from counterflow.parallel import Chunk, Mesh, MeshShape, Pipeline
+from counterflow.parallel import Chunk, Mesh, MeshShape, Pipeline, PipelineError
 from counterflow.parallel.schedule import Schedule, actions, build
 
-from .told import hear, tell
+from .told import part
 
 
 class Block(nn.Module):
@@ -464,18 +465,20 @@ def dies_midway(rank: int, world: int, schedule: str, victim: int, limit_s: floa
     pipeline.step(batch, batch)
 
 
-def never_answers(rank: int, world: int, limit_s: float) -> None:
-    """Rank 1 is alive but does nothing."""
+def never_answers(rank: int, world: int, limit_s: float) -> tuple[str, float]:
+    """What rank 0 is told when rank 1 is alive but does nothing, and after how long."""
     plan = build("1f1b", ranks=world, microbatches=4)
     mesh = mesh_of(world)
     pipeline = Pipeline([nn.Linear(4, 4)], plan, mesh, lambda y, t: y.mean(), timeout_s=limit_s)
-    if rank == 1:
-        hear("rank 0 is done")
-        return
-    try:
-        pipeline.step(torch.ones(4, 4), torch.ones(4, 4))
-    finally:
-        tell("rank 0 is done")
+    told, began = "no error", time.monotonic()
+    if rank == 0:
+        try:
+            pipeline.step(torch.ones(4, 4), torch.ones(4, 4))
+        except PipelineError as error:
+            told = str(error)
+    seconds = time.monotonic() - began
+    part(rank, world)
+    return told, seconds
 
 
 def bad_batch(rank: int, world: int) -> None:

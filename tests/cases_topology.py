@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,7 +18,7 @@ from counterflow.comm.topology import Topology, gather_topology, place_of_proces
 from counterflow.launch.doctor_ranks import topology_of_ranks
 from counterflow.parallel.mesh import Mesh, MeshShape
 
-from .told import hear, tell
+from .told import part
 
 
 def _torchrun(rank: int, world: int, per_node: int) -> dict[str, str]:
@@ -52,19 +53,18 @@ def without_mpi4py(rank: int, world: int) -> tuple[Topology, list[str]]:
         return gather_topology(environ=environ), said
 
 
-def one_missing(rank: int, world: int) -> str:
-    """What rank 0 says when rank 1 does not gather within the limit of the world, 0.5 s."""
-    _set_pg_timeout(timedelta(seconds=0.5))
-    if rank == 1:
-        hear("rank 0 is done")  # there, but not with the others
-        return ""
-    try:
-        gather_topology(environ=_torchrun(rank, world, world))
-    except CommError as error:
-        return f"{error} {error.peers}"
-    finally:
-        tell("rank 0 is done")
-    return "no error"
+def one_missing(rank: int, world: int, limit_s: float) -> tuple[str, float]:
+    """What rank 0 says when rank 1 does not gather within the world's limit, and after how long."""
+    _set_pg_timeout(timedelta(seconds=limit_s))
+    said, began = "no error", time.monotonic()
+    if rank == 0:  # rank 1 is there, but not with the others
+        try:
+            gather_topology(environ=_torchrun(rank, world, world))
+        except CommError as error:
+            said = f"{error} {error.peers}"
+    seconds = time.monotonic() - began
+    part(rank, world)
+    return said, seconds
 
 
 def warned(rank: int, world: int, nodes: Sequence[int]) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests import beside
+from tests import beside, tries
 from tests.ranks import RankPool
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ def pytest_configure(config: pytest.Config) -> None:
         slow = [HealthCheck.too_slow]
         settings.register_profile("shared", deadline=None, suppress_health_check=slow)
         settings.load_profile("shared")
+
+
+pytest_runtest_setup = tries.pytest_runtest_setup
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist

@@ -43,12 +43,13 @@ def free_port() -> int:
     """A port to listen at a while later.
 
     Below those that the kernel gives to whoever asks for any (from 32768), as others do meanwhile,
-    and below those of tests/slurm; not of the half that the tests in another process choose from.
+    and below those of tests/slurm; not of those that tests in another process choose from.
     """
     rng = random.SystemRandom()  # what tests seed is the same in two processes
-    low = 13500 if os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw1" else 10000
+    process = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     while True:
-        port = rng.randrange(low, low + 3500)
+        port = 10000 + rng.randrange(process, 7000, processes)
         with socket.socket() as s, suppress(OSError):
             s.bind(("", port))
             return port

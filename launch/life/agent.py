@@ -178,14 +178,16 @@ class Agent(LocalElasticAgent):
     ) -> RunResult:
         """One look at the ranks; all machines come to the same end of an attempt."""
         self._pass_request_on(worker_group)
+        alive = _alive(worker_group)  # first: else a rank may fail after it was looked at
         found = self._failures(worker_group)
         if found or self._council.is_over(self.attempt):
             return self._over(worker_group, found)
-        if _alive(worker_group):  # torch's look would end the others of a rank that it finds lost
+        # torch's look, on finding a lost rank, would end the others before they can say where they
+        # stand: it is for when none is left.
+        if alive:
             return RunResult(State.HEALTHY)
-        if found := self._failures(worker_group):  # since our look
-            return self._over(worker_group, found)
         result = self._look(worker_group)
+        assert result.state != State.FAILED, "a rank that failed was found above"
         if result.state == State.SUCCEEDED:
             word = None if self._done_told else "stopped" if self._was_stopped() else "done"
             self._done_told = True

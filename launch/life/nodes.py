@@ -83,7 +83,7 @@ class Council:
 
     Raises:
         PortError: node 0 cannot listen at the port.
-        NodeError: not all machines have come in time.
+        NodeError: not all machines have come in time, or node 0 is gone or does not answer.
     """
 
     def __init__(self, nodes: Nodes, port: int, *, limit_s: float) -> None:
@@ -91,32 +91,36 @@ class Council:
         self._lifeline: Lifeline | None = None
         if nodes.node_rank:
             self._lifeline = self._reach(limit_s)
+        late = "has not come to {where} within {limit:g} s"
+        with self.naming_the_lost():
+            self.store = self._store()
+            self.port = self.store.port
+            self._own = dist.PrefixStore(  # pyright: ignore[reportPrivateImportUsage]
+                f"agents/{nodes.run_id}", self.store
+            )
+            self._come("come")
+            self._await_all("come", limit_s, late, at_start=True)
+
+    def _store(self) -> dist.TCPStore:  # pyright: ignore[reportPrivateImportUsage]
+        first = self.nodes.node_rank == 0
         try:
-            self.store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-                nodes.master_addr,
-                port,
-                is_master=nodes.node_rank == 0,
+            return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+                self.nodes.master_addr,
+                self.port,
+                is_master=first,
                 timeout=timedelta(seconds=_STORE_S),
                 wait_for_workers=False,
                 multi_tenant=True,
             )
         except dist.DistNetworkError as error:
-            reason = str(error).splitlines()[0]
-            if nodes.node_rank:
-                raise NodeError(self._unheard(reason)) from None
-            raise PortError(port, reason) from None  # someone took it after we looked
-        self.port = self.store.port
-        self._own = dist.PrefixStore(  # pyright: ignore[reportPrivateImportUsage]
-            f"agents/{nodes.run_id}", self.store
-        )
-        late = "has not come to {where} within {limit:g} s"
-        with self.naming_the_lost():
-            self._come("come")
-            self._await_all("come", limit_s, late, at_start=True)
+            if not first:
+                raise
+            # Someone took the port after we looked.
+            raise PortError(self.port, str(error).splitlines()[0]) from None
 
     @contextmanager
     def naming_the_lost(self) -> Iterator[None]:
-        """Within, what torch raises when node 0 goes in the midst of a question becomes NodeError.
+        """Within it, torch's errors of a store that goes during a question become NodeError.
 
         Raises:
             NodeError: node 0 is gone, and the store with it, or does not answer.
@@ -130,19 +134,19 @@ class Council:
             while time.monotonic() < end:
                 self.check()  # a process that is killed closes one connection after the other
                 time.sleep(_RETRY_S)
-            raise NodeError(self._unheard(str(error).splitlines()[0])) from None
+            raise self._lost(f"gives no answer: {str(error).splitlines()[0]}") from None
 
-    def _unheard(self, why: str) -> str:
-        return f"node 0 ({self.nodes.master_addr}) gives no answer: {why}"
+    def _lost(self, how: str) -> NodeError:
+        if self.nodes.node_rank > 1:  # the store cannot tell whether another one says it
+            time.sleep(_QUIET_S)
+        return NodeError(f"node 0 ({self.nodes.master_addr}) {how}")
 
     def check(self) -> None:
         """Raises:
         NodeError: node 0 is gone, and the store with it.
         """
         if self._lifeline is not None and self._lifeline.broken():
-            if self.nodes.node_rank > 1:  # the store cannot tell whether another one says it
-                time.sleep(_QUIET_S)
-            raise NodeError(f"node 0 ({self.nodes.master_addr}) is gone")
+            raise self._lost("is gone")
 
     def end_attempt(self, attempt: int, *, mistake: bool) -> int:
         """Tell all that this attempt is over; how many had told so before."""

@@ -106,7 +106,8 @@ def test_the_interpreter_ends_well_with_moves_under_way() -> None:
         "import time, torch;"
         "from counterflow.comm.dispatch import lane as module;"
         "from counterflow.comm.dispatch.lane import Lane;"
-        "module._LAST_MOMENTS_S = 60;"  # a busy machine could take longer than those of a run
+        # A busy machine may need longer than the limit of a real run.
+        "module._LAST_MOMENTS_S = 60;"
         "from counterflow.comm.waiting import WaitBoard;"
         "lane = Lane(0, (1,), WaitBoard());"
         "lane.start(lambda: (time.sleep(0.3), print('moved')), torch.device('cpu'), 'move')"

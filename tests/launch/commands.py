@@ -48,17 +48,17 @@ class Command:
         return captured.err.removeprefix("counterflow: error: ").rstrip()
 
 
-def seconds_without(modules: Sequence[str], arguments: Sequence[str]) -> float:
-    """Processor time of a process of its own that runs a command and imports none of `modules`.
+def processor_seconds(arguments: Sequence[str], *, without: Sequence[str]) -> float:
+    """Processor time of a process of its own that runs a command and imports none of `without`.
 
-    What other processes do meanwhile does not count.
+    What other processes do meanwhile does not count; by the clock it has a minute.
     """
     program = (
         "import sys; from counterflow.launch.cli import main\n"
         f"try: main({list(arguments)!r})\nexcept SystemExit: pass\n"
-        f"assert not {set(modules)!r} & set(sys.modules)"
+        f"assert not {set(without)!r} & set(sys.modules)"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=60)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -201,6 +201,30 @@ def test_a_rank_that_is_lost_while_others_are_asked_is_told_with_every_ranks_pla
     assert re.fullmatch(r"rank 0 \(.*\): step 7", rows[0].strip())
 
 
+def test_the_last_rank_of_a_machine_that_is_lost_while_others_are_asked_is_told(
+    launch: Callable[..., Launcher],
+) -> None:
+    port = free_port()
+    first, second = (launch("die", node, "--look-late", port=port) for node in ("0", "1"))
+    assert (first.end(), second.end()) == (FAILED, FAILED)
+    assert "counterflow: error: rank 1 was ended by SIGKILL" in "".join(second.errors())
+
+
+def test_a_store_that_does_not_answer_names_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    from counterflow.launch.life import nodes
+
+    monkeypatch.setattr(nodes, "_STORE_S", 0.2)
+    monkeypatch.setattr(nodes, "_QUIET_S", 0.2)
+    council = nodes.Council(nodes.Nodes(1, 0, "127.0.0.1"), 0, limit_s=60)
+    monkeypatch.setattr(council, "_lifeline", nodes.Lifeline("127.0.0.1", council.port))
+    with (
+        pytest.raises(nodes.NodeError, match=r"node 0 \(127.0.0.1\) gives no answer: "),
+        council.naming_the_lost(),
+    ):
+        council.store.get("nobody sets this")
+    council.close()
+
+
 def test_when_restarts_are_used_up_the_run_fails_and_says_why(
     launch: Callable[..., Launcher],
 ) -> None:

@@ -58,8 +58,9 @@ def test_two_ranks_measure_what_a_prediction_needs(tmp_path: Path) -> None:
     kinds = {reference.kind for reference in calibration.references}
     assert kinds == {"embedding", "dense", "moe", "head", "mtp"}
     for reference in calibration.references:
-        # Of multi-token prediction what is left of a head with it by one without, if anything.
-        assert reference.alone["mlp(F)"] > 0 or reference.kind == "mtp"
+        # "mtp" is the head with it less the head without: noise may leave nothing.
+        least = 0.0 if reference.kind == "mtp" else 1e-9
+        assert reference.alone["mlp(F)"] >= least
         assert (reference.layout.ep, reference.layout.tokens) == (2, 16)
     moe = calibration.reference("moe")
     assert moe is not None

@@ -20,7 +20,7 @@ from counterflow.launch import profile_command, simulate_progress
 from counterflow.launch.cli import main
 from counterflow.launch.profile_conditions import parse_condition
 from counterflow.launch.profile_json import NUMBERS, PHASE_NUMBERS
-from tests.launch.commands import Command, seconds_without
+from tests.launch.commands import Command, processor_seconds
 
 
 @pytest.fixture(autouse=True)
@@ -642,11 +642,11 @@ def test_a_mistake_is_one_line(
 
 
 @pytest.mark.alone
-def test_it_runs_without_torch_and_numpy_and_its_help_comes_at_once(
+def test_it_runs_without_torch_and_numpy_and_its_help_takes_half_a_second_of_processor_time(
     tmp_path: Path, folder: str
 ) -> None:
     def seconds(*arguments: str) -> float:
-        return seconds_without(["torch", "numpy"], ["profile", *arguments])
+        return processor_seconds(["profile", *arguments], without=["torch", "numpy"])
 
     seconds(folder, "--html", str(tmp_path / "x.html"), "--perfetto", str(tmp_path / "x.json"))
     seconds(folder, "--json")

@@ -163,8 +163,9 @@ def test_phases_run_in_the_order_that_the_configuration_gives(run: Run) -> None:
 
 
 def test_nothing_long_of_a_step_is_without_a_name(run: Run) -> None:
-    for trace in traces_of(run, "step3"):
-        (step,) = named(trace, "ProfilerStep#3")
+    shares: list[float] = []
+    for number, trace in ((n, trace) for n in (1, 3) for trace in traces_of(run, f"step{n}")):
+        (step,) = named(trace, f"ProfilerStep#{number}")
         labelled = length(
             union(
                 (each.start, each.end)
@@ -172,10 +173,11 @@ def test_nothing_long_of_a_step_is_without_a_name(run: Run) -> None:
                 if each.thread == step.thread and step.start < each.start and each.end < step.end
             )
         )
-        assert labelled > 0.7 * (step.end - step.start)  # a pause may fall anywhere
+        shares.append(labelled / (step.end - step.start))
         names = {each.name for each in trace.annotations}
         assert names >= {"data", "optimizer", "mean of gradients", "gradient norm"}
         assert names >= {"wait a sum of gradients", "wait the losses", "wait the experts' loads"}
+    assert max(shares) > 0.9  # of the best: a pause may fall anywhere, but does not hit all
 
 
 def test_the_profiler_finds_every_phase_and_hidden_communication(run: Run) -> None:

@@ -230,12 +230,13 @@ def test_when_a_rank_dies_every_other_ends_with_an_error_that_names_where(
 
 @pytest.mark.alone
 def test_a_peer_that_never_answers_ends_in_an_error_within_the_limit() -> None:
-    with RankPool() as pool, pytest.raises(RankError) as caught:
-        pool.run(cases.never_answers, world=2, limit_s=2.0)
-    text = caught.value.errors[0]
+    limit_s = 2.0
+    with RankPool() as pool:
+        text, seconds = pool.run(cases.never_answers, world=2, limit_s=limit_s)[0]
     assert "rank 0, step 1, action" in text
     assert "peer: rank 1" in text
     assert "no answer within 2 s" in text
+    assert limit_s <= seconds < limit_s + 20  # a busy machine may take a while to say it
 
 
 def test_a_batch_that_does_not_divide_is_refused(ranks: RankPool) -> None:

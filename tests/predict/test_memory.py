@@ -19,11 +19,11 @@ from counterflow.model.memory import Load, kept_for_backward
 from counterflow.model.stages import EMBEDDING
 from counterflow.parallel.schedule import Op, Schedule, actions, build
 from counterflow.parallel.simulate import Costs, Memory, memory_of, simulate
+from counterflow.parallel.zero_ends import BUCKET_BYTES
 from counterflow.predict.activations import MicroBatch, Split, StageActivations, peaks
 from counterflow.predict.layout import Layout
 from counterflow.predict.memory import (
     ACTIVATIONS,
-    BUCKET_BYTES,
     CATEGORIES,
     EXACT,
     Device,
@@ -278,10 +278,21 @@ def test_what_has_no_other_holder_is_packed_and_not_shared() -> None:
     assert states.buckets == 4 * max(halves + sum(rest), 2 * halves)
 
 
-def test_a_bucket_is_the_trainers() -> None:
-    from counterflow.parallel import zero
-
-    assert BUCKET_BYTES == zero._BUCKET_BYTES  # pyright: ignore[reportPrivateUsage]
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("length", [8, 64, 512])
+def test_what_layers_buckets_and_updates_take_lies_in_one_place(
+    device: Device, length: int
+) -> None:
+    """None of the three is there with another; buckets and updates not with activations either."""
+    layout = Layout(dp=2, schedule="1f1b", microbatches=2, length=length, fp8=False, zero=1)
+    states = rank_states(SMALL, layout, (Part.whole(SMALL),), device=device)
+    [both] = rank_memory(SMALL, layout, layout.make_schedule(), device=device)
+    bare = replace(layout, zero=0)
+    kept = sum(both.parts[name] for name in ACTIVATIONS)
+    beside = both.parts["working memory"] + both.parts["ZeRO buffers"]
+    assert beside >= max(0, states.buckets - kept, states.update - kept)
+    [least] = rank_memory(SMALL, bare, bare.make_schedule(), device=device)
+    assert beside == max(states.buckets - kept, least.parts["working memory"])
 
 
 def test_heads_are_filled_up_to_one_size_on_cpus_alone() -> None:

@@ -114,8 +114,8 @@ def why_not() -> str | None:
 class Cluster:
     """The cluster's folder and the environment in which Slurm's commands reach it.
 
-    A job is told by its number; a task of an array by "ARRAY_INDEX", as the last one's number
-    stands for all of them.
+    Jobs are named by number; a task of an array by "ARRAY_INDEX", because the array's number is
+    also that of its last task.
     """
 
     folder: Path

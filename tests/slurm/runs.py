@@ -120,8 +120,8 @@ class Job:
     task: str = ""
 
     @property
-    def name(self) -> str:
-        """By which Slurm's commands know it."""
+    def slurm_id(self) -> str:
+        """What Slurm's commands know it by."""
         return self.task or str(self.id)
 
     def output(self) -> str:
@@ -143,11 +143,11 @@ class Job:
 
     def wait(self, *states: str) -> dict[str, str]:
         """Wait until the job is in one of these states."""
-        return self.slurm.wait(self.name, *states, output=self.file)
+        return self.slurm.wait(self.slurm_id, *states, output=self.file)
 
     def until(self, holds: Callable[[], bool], what: str) -> None:
         """Wait until `holds()`; the job has to bring it about."""
-        self.slurm.until(holds, what, self.name, output=self.file)
+        self.slurm.until(holds, what, self.slurm_id, output=self.file)
 
     def wait_for_checkpoint(self, after: int = 0) -> None:
         """Wait until a checkpoint of a step above `after` is finished."""
@@ -166,7 +166,7 @@ class Job:
         """Wait until the job has been queued again so many times, and waits."""
 
         def there() -> bool:
-            known = self.slurm.job(self.name)
+            known = self.slurm.job(self.slurm_id)
             return known["Restarts"] == str(restarts) and known["JobState"] == "PENDING"
 
         self.until(there, f"requeue {restarts}")
@@ -186,7 +186,7 @@ class Job:
         try:
             if sorted(ranks) != list(range(world_size)):
                 raise self.slurm.failure(
-                    f"ranks {sorted(ranks)} train, not {world_size}", self.name, self.file
+                    f"ranks {sorted(ranks)} train, not {world_size}", self.slurm_id, self.file
                 )
             self.until(lambda: all(stands_still(p.pid) for p in ranks.values()), "ranks to stand")
             yield ranks
@@ -257,9 +257,9 @@ def submit_array(slurm: Cluster, cwd: Path, names: Sequence[str]) -> list[Job]:
     ids: dict[int, int] = {}
 
     def all_run() -> bool:
-        told = slurm.ask("squeue", "--noheader", "--states=running", "--format=%F %K %A")
-        rows = [tuple(map(int, line.split())) for line in told.splitlines()]
-        ids.update({index: number for of, index, number in rows if of == array})
+        query = ("--noheader", f"--jobs={array}", "--states=running", "--format=%K %A")
+        rows = (line.split() for line in slurm.ask("squeue", *query).splitlines())
+        ids.update({int(index): int(number) for index, number in rows})
         return len(ids) == len(names)
 
     slurm.until(all_run, f"the tasks of {array} to run", array)

@@ -80,10 +80,10 @@ def test_a_task_of_an_array_is_queued_again_by_itself_and_the_other_is_left_alon
 ) -> None:
     first, second = runs.submit_array(slurm, tmp_path, ["first", "second"])
     with second.training() as ranks:
-        slurm.ask("scancel", "--signal=USR1", second.name)
+        slurm.ask("scancel", "--signal=USR1", second.slurm_id)
         second.wait_for_signal(ranks)
     second.wait_for_requeue(1)
-    slurm.release(second.name)
+    slurm.release(second.slurm_id)
     for job, restarts in ((first, "0"), (second, "1")):
         assert job.wait("COMPLETED")["Restarts"] == restarts
         assert runs.curve(job.folder) == uninterrupted
