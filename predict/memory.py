@@ -265,7 +265,7 @@ def _states(
     sums = Counter[str]()
     updated: list[int] = []  # bytes of each parameter's share that AdamW updates
     for parameter, count in _alike(model, parts):
-        numel = parameter.numel // (sharing.ep if parameter.routed else 1)
+        numel = _held(parameter, sharing)
         size, sharers = parameter.itemsize(storage), _sharers(parameter, sharing)
         masters = storage.fp8 and parameter.product
         sums["masters" if masters else "weights"] += count * numel * size
@@ -309,7 +309,7 @@ def _buckets(
         sharers = _sharers(parameter, sharing)
         if sharers == 1:
             continue
-        numel = parameter.numel // (sharing.ep if parameter.routed else 1)
+        numel = _held(parameter, sharing)
         shared = -(-numel // sharers)
         copied = numel if device == "cpu" else 0
         reduced += count * (shared + copied) * storage.wide
@@ -319,7 +319,7 @@ def _buckets(
     for part in parts:  # a bucket's parameters are of one stage, group and dtype
         kinds: dict[tuple[bool, int], list[int]] = {}
         for parameter in inventory(model, part):
-            num_bytes = parameter.numel * storage.wide // (sharing.ep if parameter.routed else 1)
+            num_bytes = _held(parameter, sharing) * storage.wide
             kinds.setdefault((parameter.routed, parameter.itemsize(storage)), []).append(num_bytes)
         for sizes in kinds.values():
             largest = max(largest, min(sum(sizes), max(BUCKET_BYTES, *sizes)))
@@ -331,6 +331,11 @@ def _alike(model: ModelConfig, parts: tuple[Part, ...]) -> tuple[tuple[Parameter
     """Parameters of a rank without their names, and how many it has of each."""
     named = {p.name: p for part in parts for p in inventory(model, part)}
     return tuple(Counter(p._replace(name="") for p in named.values()).items())
+
+
+def _held(parameter: Parameter, sharing: _Sharing) -> int:
+    """Numbers of a parameter that a rank holds: of experts its own."""
+    return parameter.numel // (sharing.ep if parameter.routed else 1)
 
 
 def _sharers(parameter: Parameter, sharing: _Sharing) -> int:

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from tests import beside
+from tests.inner_pytest import conftest_of, run_pytest
 
 pytest.importorskip("xdist", reason="needs pytest-xdist")
 
 # As tests/conftest.py has them, of the very file that is tested here.
-CONFTEST = f"""
-import importlib.util
-spec = importlib.util.spec_from_file_location("beside", {beside.__file__!r})
-beside = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(beside)
-pytest_configure = beside.configure
-pytest_configure_node = beside.configure_node
-pytest_xdist_make_scheduler = beside.scheduler
-"""
+CONFTEST = conftest_of(
+    beside,
+    pytest_configure="configure",
+    pytest_configure_node="configure_node",
+    pytest_xdist_make_scheduler="scheduler",
+)
 PREAMBLE = """
 import os, time
 from pathlib import Path
@@ -68,14 +62,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
         (folder / name).write_text(f"{PREAMBLE}\n{text}\n")
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = alone\n")
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n", "2", "--import-mode=importlib", "tests"],
-        cwd=folder,
-        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST")},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    ran = run_pytest(folder, "-n", "2", "--import-mode=importlib", "tests", timeout_s=200)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return [line.split() for line in (folder / "log").read_text().splitlines()]
 

@@ -21,6 +21,7 @@ from counterflow.model import ModelConfig
 from counterflow.parallel.mesh import MeshShape
 from counterflow.predict.cluster import load_cluster
 from counterflow.predict.cluster_file import KEYS
+from tests.clocks import least_seconds
 from tests.launch.commands import Command, processor_seconds
 
 _COMMAND = Command("plan")
@@ -262,7 +263,7 @@ def test_it_plans_without_torch_and_its_help_takes_half_a_second_of_processor_ti
         return processor_seconds(["plan", *arguments], without=["torch"])
 
     seconds("--model", model, *NOT_SEARCHED, "--json")
-    assert min(seconds("--help") for _ in range(3)) < 0.5
+    assert least_seconds(lambda: seconds("--help"), enough_s=0.5, tries=3) < 0.5
 
 
 # What docs/predict.md says

@@ -20,6 +20,7 @@ from counterflow.launch import profile_command, simulate_progress
 from counterflow.launch.cli import main
 from counterflow.launch.profile_conditions import parse_condition
 from counterflow.launch.profile_json import NUMBERS, PHASE_NUMBERS
+from tests.clocks import least_seconds
 from tests.launch.commands import Command, processor_seconds
 
 
@@ -650,7 +651,7 @@ def test_it_runs_without_torch_and_numpy_and_its_help_takes_half_a_second_of_pro
 
     seconds(folder, "--html", str(tmp_path / "x.html"), "--perfetto", str(tmp_path / "x.json"))
     seconds(folder, "--json")
-    assert min(seconds("--help") for _ in range(3)) < 0.5
+    assert least_seconds(lambda: seconds("--help"), enough_s=0.5, tries=3) < 0.5
 
 
 # What docs/profile.md says
